@@ -1,0 +1,84 @@
+package ca
+
+import (
+	"context"
+	"errors"
+	"os"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// WorkloadRef names the workload for which we act.
+type WorkloadRef struct {
+	ID             spiffeid.ID
+	Namespace      string
+	ServiceAccount string
+	Pod            string
+	UID            string
+	PIDFD          *os.File // held over a lookup by PID; nil when the workload is not referenced by PID
+}
+
+// Key says which workloads share an SVID. The provider decides: UID is "" when
+// it issues one per identity.
+type Key struct {
+	Provider string
+	ID       spiffeid.ID
+	UID      string
+}
+
+// State is what a provider knows of one key.
+type State uint8
+
+// The states of design D23.
+const (
+	Pending     State = iota // no answer yet
+	Available                // SVID is set and valid
+	Unavailable              // Err says why; retried at Next
+	Withdrawn                // the backend took the identity back: no new handshake may use it
+)
+
+// Event is one report of a provider about one key. It is level-triggered: each
+// event stands alone.
+type Event struct {
+	State State
+	SVID  *SVID     // Available only
+	Err   error     // Unavailable and Withdrawn
+	Next  time.Time // the next attempt, zero if the backend pushes
+}
+
+// Provider keeps SVIDs current. All methods are safe for concurrent use.
+type Provider interface {
+	Name() string
+	// Run owns the provider's connections and shared streams, and ends them
+	// before it returns. Called once; returns when ctx ends.
+	Run(ctx context.Context) error
+	// Key is pure and does not block.
+	Key(WorkloadRef) Key
+	// Watch reports every change for w, from one goroutine, one call at a time.
+	// It returns only when ctx ends. A denial is an event and is retried. It may
+	// depend only on what Key keeps of w.
+	Watch(ctx context.Context, w WorkloadRef, update func(Event)) error
+	// WatchBundles reports the bundles that this provider contributes for w,
+	// under the same rules as Watch.
+	WatchBundles(ctx context.Context, w WorkloadRef, update func(*Bundles)) error
+}
+
+// Fetcher makes one certificate by one request: no cache, no retry. Poll makes
+// a Provider of it.
+type Fetcher interface {
+	Fetch(ctx context.Context, id spiffeid.ID) (*SVID, error)
+}
+
+// Router chooses the provider that serves a workload.
+type Router interface {
+	For(WorkloadRef) Provider
+	All() []Provider
+}
+
+// The errors on which callers branch.
+var (
+	ErrDenied   = errors.New("the certificate provider denied the identity")
+	ErrReleased = errors.New("the identity is no longer needed")
+	ErrExpired  = errors.New("the certificate has expired")
+)

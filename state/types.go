@@ -1,0 +1,160 @@
+package state
+
+import (
+	"errors"
+	"net/netip"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Protocol is how a workload is reached.
+type Protocol uint8
+
+// The protocols. DoubleHBONE never stands in a workload; only a Route has it.
+const (
+	TCP Protocol = iota
+	HBONE
+	DoubleHBONE
+)
+
+// NetworkMode says whether a workload has an address of its own.
+type NetworkMode uint8
+
+// Workloads in HostNetwork mode are not found by address.
+const (
+	Standard NetworkMode = iota
+	HostNetwork
+)
+
+// Health of a workload or endpoint.
+type Health uint8
+
+// The health states.
+const (
+	Healthy Health = iota
+	Unhealthy
+)
+
+// NamespacedHostname names a service; its text form is namespace/hostname.
+type NamespacedHostname struct{ Namespace, Hostname string }
+
+// NetworkAddress is an address in one network; its text form is network/IP.
+type NetworkAddress struct {
+	Network string
+	Addr    netip.Addr
+}
+
+// GatewayAddress refers to a waypoint or a network gateway, by address or, when
+// Address.Addr is the zero value, by hostname.
+type GatewayAddress struct {
+	Address  NetworkAddress
+	Hostname NamespacedHostname
+	Port     uint16
+}
+
+// ApplicationTunnel says that a workload wants its traffic on Port (0: as sent),
+// behind a PROXY header when Proxy is set.
+type ApplicationTunnel struct {
+	Proxy bool
+	Port  uint16
+}
+
+// Locality is where a workload runs.
+type Locality struct{ Region, Zone, Subzone string }
+
+// Workload is a pod or VM instance. It is immutable once it is in a Store.
+type Workload struct {
+	UID, Name, Namespace, ServiceAccount, TrustDomain string
+	Network, Node, ClusterID                          string
+	IPs                                               []netip.Addr
+	Hostname                                          string
+	Protocol                                          Protocol
+	NetworkMode                                       NetworkMode
+	Health                                            Health
+	Capacity                                          uint32
+	NativeTunnel                                      bool
+	WorkloadName, WorkloadType                        string // type: deployment, cronjob, pod, job
+	CanonicalName, CanonicalRevision                  string
+	Locality                                          Locality
+	Services                                          []NamespacedHostname
+	Waypoint, NetworkGateway                          *GatewayAddress
+	ApplicationTunnel                                 *ApplicationTunnel
+	AuthorizationPolicies                             []string // keys, namespace/name
+	// Identity is derived from TrustDomain, Namespace and ServiceAccount when the
+	// workload is applied. A workload whose parts make no SPIFFE ID is rejected.
+	Identity spiffeid.ID
+}
+
+// Ref names the workload for which a proxy stands in (spec/datapath.md §2.4).
+type Ref struct{ Namespace, Name, ServiceAccount string }
+
+// ServiceRef is what logs and metrics need to know of a service.
+type ServiceRef struct{ Hostname, Name, Namespace string }
+
+// Query asks where an outbound connection goes.
+type Query struct {
+	Source   *Workload  // the local workload
+	SourceIP netip.Addr // of the application's socket
+	Dst      netip.AddrPort
+	Avoid    []string // UIDs of endpoints that have just failed (design D8)
+	// Draw returns a uniform number in [0, n); nil means math/rand/v2.
+	Draw func(n uint64) uint64
+}
+
+// Route is where an outbound connection goes (spec/datapath.md §4.2).
+type Route struct {
+	Rule        string // the row of §4.4: A1, A2, C, D, E, F, G
+	Protocol    Protocol
+	NextHop     netip.AddrPort // the actual destination
+	Authority   string         // of the CONNECT request, "" for TCP
+	Workload    *Workload      // at the next hop, nil if unknown
+	Service     *ServiceRef    // intended by the client, nil if none
+	ExpectedIDs []spiffeid.ID  // identities, one of which the next hop must present
+	FinalIDs    []spiffeid.ID  // the same for the inner tunnel of double HBONE
+	Resolve     string         // hostname that the caller must resolve before asking again
+}
+
+// InboundQuery asks what an HBONE request that reached the local workload means
+// (spec/datapath.md §6.2).
+type InboundQuery struct {
+	Local         *Workload
+	ConnDst       netip.AddrPort // local address of the tunnel
+	Addr          netip.AddrPort // the authority, when it is an address
+	Host          string         // the authority's host and Port, when it is a name
+	Port          uint16
+	ForwardedHost string // host of the forwarded header, "" if absent
+}
+
+// InboundRoute is the answer.
+type InboundRoute struct {
+	Upstream netip.AddrPort // the application's address
+	Service  *ServiceRef    // the guessed destination service, nil if none
+}
+
+// Conn is what a policy sees of a connection (spec/datapath.md §6.4).
+type Conn struct {
+	Src         netip.AddrPort
+	Dst         netip.AddrPort // final port, after an application tunnel
+	Identity    spiffeid.ID    // zero: plaintext, no identity
+	Destination *Workload      // the local workload
+}
+
+// Verdict is the outcome of Authorize.
+type Verdict struct {
+	Denied  *Denied  // nil: allowed
+	Matches []string // dry-run and enforced policies that matched, for the policy log
+}
+
+// Denied is the error of a refused connection. Its text is the one that the
+// access log carries (spec/datapath.md §10.6).
+type Denied struct {
+	Policy string // namespace/name of the DENY policy; "" when no ALLOW policy matched
+}
+
+// The errors on which callers branch. Each is wrapped with its subject.
+var (
+	ErrNoHealthyUpstream  = errors.New("no healthy upstream")
+	ErrNoValidDestination = errors.New("no valid routing destination for workload")
+	ErrUnsupportedRoute   = errors.New("route not supported")
+	ErrIPMismatch         = errors.New("ip mismatch")
+)
