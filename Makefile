@@ -1,0 +1,75 @@
+# Every target is short: what it does is in the go command that it calls.
+SHELL := /bin/bash
+GO    ?= go
+# The toolchain that go.mod pins is used even where the environment says "local".
+TOOLCHAIN ?= auto
+export GOTOOLCHAIN := $(TOOLCHAIN)
+# CRYPTO picks the cryptographic module: std | fips | boring.
+CRYPTO ?= std
+TAGS   ?=
+BIN    := $(CURDIR)/bin/ztunnel
+TOOL   := $(GO) tool -modfile=internal/tools/go.mod
+
+CRYPTO_ENV_std    := CGO_ENABLED=0
+CRYPTO_ENV_fips   := CGO_ENABLED=0 GOFIPS140=latest
+CRYPTO_ENV_boring := CGO_ENABLED=1 GOEXPERIMENT=boringcrypto
+CRYPTO_ENV = $(or $(CRYPTO_ENV_$(CRYPTO)),$(error CRYPTO=$(CRYPTO): want std, fips or boring))
+
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+REVISION ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+STATUS   ?= $(shell test -z "$$(git status --porcelain 2>/dev/null)" && echo Clean || echo Modified)
+ISTIO_VERSION ?= unknown
+LDFLAGS = -s -w -X main.version=$(VERSION) -X main.gitRevision=$(REVISION) -X main.buildStatus=$(STATUS) -X main.istioVersion=$(ISTIO_VERSION)
+IMAGE    ?= ztunnel-go:$(VERSION)
+FUZZTIME ?= 60s
+
+.DEFAULT_GOAL := help
+.PHONY: build test race lint generate check-generate fuzz e2e e2e-interop bench demo image help
+
+build: ## bin/ztunnel; CRYPTO=std|fips|boring picks the cryptographic module
+	$(CRYPTO_ENV) $(GO) build -trimpath -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/ztunnel
+
+test: build ## build, vet and every test that needs no privileges
+	$(GO) vet ./...
+	$(GO) test -tags '$(TAGS)' ./...
+
+race: ## every test under the race detector
+	CGO_ENABLED=1 $(GO) test -race -tags '$(TAGS)' ./...
+
+lint: check-generate ## formatting, vet, static analysis, tidy modules, generated files
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -d $$(git ls-files '*.go'); exit 1; }
+	$(GO) vet ./... && $(GO) vet -tags e2e ./...
+	for t in staticcheck go-errorlint nilerr; do $(TOOL) $$t ./... || exit 1; done
+	$(GO) vet -vettool="$$($(TOOL) -n bodyclose)" ./...
+	$(GO) mod tidy -diff
+
+generate: ## docs/configuration.md from the table of settings
+	$(GO) run ./cmd/ztunnel config -o markdown > docs/configuration.md.tmp
+	mv docs/configuration.md.tmp docs/configuration.md
+
+check-generate: ## fail when a generated file is stale
+	$(GO) run ./cmd/ztunnel config -o markdown | diff -u docs/configuration.md - || { echo "run: make generate"; exit 1; }
+
+fuzz: ## every fuzz target, FUZZTIME (60s) each
+	@set -e; for f in $$(git grep -l '^func Fuzz' -- '*_test.go'); do for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
+	  echo "== $$t ($$(dirname $$f))"; $(GO) test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) ./$$(dirname $$f); done; done
+
+e2e: build ## two nodes in network namespaces (root)
+	ZTUNNEL_BIN=$(BIN) $(GO) test -tags e2e -count=1 -timeout 20m ./e2e/netns/...
+
+e2e-interop: build ## the same against another ztunnel: ZTUNNEL_PEER_BIN=/path (root)
+	@if [ -z "$(ZTUNNEL_PEER_BIN)" ]; then echo "e2e-interop skipped: ZTUNNEL_PEER_BIN is not set"; else \
+	  ZTUNNEL_BIN=$(BIN) ZTUNNEL_PEER_BIN="$(ZTUNNEL_PEER_BIN)" $(GO) test -tags e2e -count=1 -timeout 20m -run Interop ./e2e/...; fi
+
+bench: build ## throughput and latency of bin/ztunnel
+	$(GO) run ./e2e/bench -ztunnel $(BIN) $(BENCH_ARGS)
+
+demo: build ## two nodes in one process, one request through the tunnel
+	$(BIN) demo $(DEMO_ARGS)
+
+image: build ## container image (needs docker)
+	@command -v docker >/dev/null && docker info >/dev/null 2>&1 || { echo "image: no working docker here" >&2; exit 1; }
+	docker build -f deploy/docker/Dockerfile -t $(IMAGE) bin
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
