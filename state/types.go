@@ -140,9 +140,18 @@ type Conn struct {
 }
 
 // Verdict is the outcome of Authorize.
+// Its slices are shared and must not be modified.
 type Verdict struct {
-	Denied  *Denied  // nil: allowed
-	Matches []string // dry-run and enforced policies that matched, for the policy log
+	Denied  *Denied       // nil: allowed
+	Matches []string      // dry-run and enforced policies that matched, for the policy log
+	Events  []PolicyEvent // the same, and the outcome, as the lines of the policy log
+	Missing []string      // policies that the workload names and nobody has sent
+}
+
+// PolicyEvent is one line of the policy log (spec/state-xds-dns.md §4.11).
+type PolicyEvent struct {
+	Message string
+	Policy  string // namespace/name, "" if the line speaks of no single policy
 }
 
 // Denied is the error of a refused connection. Its text is the one that the

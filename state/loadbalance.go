@@ -1,0 +1,154 @@
+package state
+
+import (
+	"math/rand/v2"
+	"slices"
+)
+
+// pickMode says for what an endpoint is sought.
+type pickMode uint8
+
+const (
+	pickStandard pickMode = iota
+	pickWaypoint          // the service need not declare the port if the endpoint has an application tunnel
+)
+
+// picker chooses an endpoint of a service (spec/state-xds-dns.md §4.7).
+type picker struct {
+	t        *tables
+	src      *Workload
+	port     uint16 // of the service
+	mode     pickMode
+	avoid    []string
+	draw     func(uint64) uint64
+	svcPort  uint16 // target of port, 0 if each endpoint has its own
+	declared bool
+}
+
+// pick returns an endpoint's workload and target port, or nil if no endpoint can
+// take the connection. Connections are spread by capacity.
+func (p *picker) pick(svc *service) (*workload, uint16) {
+	p.svcPort, p.declared = target(svc.Ports, p.port)
+	if !p.declared && p.mode == pickStandard {
+		return nil, 0
+	}
+	var total uint64
+	top := -1
+	for i := range svc.Endpoints {
+		w, rank := p.candidate(svc, &svc.Endpoints[i])
+		if w == nil || rank < top {
+			continue
+		}
+		if rank > top {
+			top, total = rank, 0
+		}
+		total += uint64(w.Capacity)
+	}
+	if total == 0 {
+		return nil, 0
+	}
+	draw := p.draw
+	if draw == nil {
+		draw = rand.Uint64N
+	}
+	n := draw(total)
+	for i := range svc.Endpoints {
+		w, rank := p.candidate(svc, &svc.Endpoints[i])
+		if w == nil || rank != top {
+			continue
+		}
+		if n < uint64(w.Capacity) {
+			return p.withPort(w, &svc.Endpoints[i])
+		}
+		n -= uint64(w.Capacity)
+	}
+	return nil, 0
+}
+
+// candidate returns the workload of ep if it can take the connection, and how
+// well it fits the preferences of the service.
+func (p *picker) candidate(svc *service, ep *Endpoint) (*workload, int) {
+	w := p.t.workloads[ep.WorkloadUID]
+	if w == nil || slices.Contains(p.avoid, w.UID) {
+		return nil, 0
+	}
+	if len(w.IPs) == 0 && w.Hostname == "" && (w.Network == p.src.Network || w.NetworkGateway == nil) {
+		return nil, 0
+	}
+	switch p.mode {
+	case pickStandard:
+		if p.svcPort == 0 {
+			if _, ok := target(ep.Ports, p.port); !ok {
+				return nil, 0
+			}
+		}
+	case pickWaypoint:
+		if !p.declared && w.ApplicationTunnel == nil {
+			return nil, 0
+		}
+	}
+	lb := svc.LoadBalancer
+	if lb == nil || lb.Mode == LoadBalanceAny {
+		return w, 0
+	}
+	matched, bonus := lb.rank(p.src, &w.Workload)
+	if lb.Mode == LoadBalanceStrict && matched != len(lb.Preferences) {
+		return nil, 0
+	}
+	return w, matched + bonus
+}
+
+// withPort adds the target port: the endpoint's own, else that of the service,
+// else the service's port as it is if the workload has a tunnel for it.
+func (p *picker) withPort(w *workload, ep *Endpoint) (*workload, uint16) {
+	if port, ok := target(ep.Ports, p.port); ok {
+		return w, port
+	}
+	if p.svcPort > 0 {
+		return w, p.svcPort
+	}
+	if w.ApplicationTunnel != nil && w.ApplicationTunnel.Port > 0 {
+		return w, p.port
+	}
+	return nil, 0
+}
+
+// rank counts the preferences that match, up to the first that does not. A
+// network that stands first is preferred, not required: a mismatch is passed
+// over, and a match outweighs all the rest.
+func (lb *LoadBalancer) rank(src, dst *Workload) (matched, bonus int) {
+	for i, scope := range lb.Preferences {
+		same := scope.same(src, dst)
+		if i == 0 && scope == ScopeNetwork {
+			if same {
+				matched++
+				bonus = len(lb.Preferences) - 1
+			}
+			continue
+		}
+		if !same {
+			break
+		}
+		matched++
+	}
+	return matched, bonus
+}
+
+// same compares one scope; two that are not set are the same.
+func (s Scope) same(a, b *Workload) bool {
+	switch s {
+	case ScopeRegion:
+		return a.Locality.Region == b.Locality.Region
+	case ScopeZone:
+		return a.Locality.Zone == b.Locality.Zone
+	case ScopeSubzone:
+		return a.Locality.Subzone == b.Locality.Subzone
+	case ScopeNode:
+		return a.Node == b.Node
+	case ScopeCluster:
+		return a.ClusterID == b.ClusterID
+	case ScopeNetwork:
+		return a.Network == b.Network
+	}
+	return false
+}

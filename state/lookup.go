@@ -1,0 +1,106 @@
+package state
+
+import "net/netip"
+
+// workloadAt returns the workload of an address. Of several the one with the
+// highest rank wins, and the last that was inserted among equals.
+func (t *tables) workloadAt(network string, ip netip.Addr) *workload {
+	return best(t.addresses[NetworkAddress{network, ip}])
+}
+
+func best(list []*workload) *workload {
+	var found *workload
+	for _, w := range list {
+		if found == nil || w.rank >= found.rank {
+			found = w
+		}
+	}
+	return found
+}
+
+// serviceAt returns the service of a VIP for a client in namespace ns ("": any):
+// by exact VIP, and if that yields none that the client may see, by CIDR.
+func (t *tables) serviceAt(network string, ip netip.Addr, ns string) *service {
+	if svc := bestService(t.vips[NetworkAddress{network, ip}], ns); svc != nil {
+		return svc
+	}
+	var found *cidrEntry
+	entries := t.cidrs[network]
+	for i := range entries {
+		e := &entries[i]
+		if !e.prefix.Contains(ip) || !e.svc.visible(ns) {
+			continue
+		}
+		if found == nil || e.beats(found, ns) {
+			found = e
+		}
+	}
+	if found == nil {
+		return nil
+	}
+	return found.svc
+}
+
+// beats compares by namespace, then prefix length, then canonical.
+func (e *cidrEntry) beats(o *cidrEntry, ns string) bool {
+	if a, b := ns != "" && e.svc.Namespace == ns, ns != "" && o.svc.Namespace == ns; a != b {
+		return a
+	}
+	if a, b := e.prefix.Bits(), o.prefix.Bits(); a != b {
+		return a > b
+	}
+	return e.svc.Canonical && !o.svc.Canonical
+}
+
+// serviceByHost returns the service of a hostname for a client in namespace ns.
+func (t *tables) serviceByHost(host, ns string) *service { return bestService(t.hosts[host], ns) }
+
+// bestService picks from services that share a hostname or VIP: the client's
+// namespace first (there the canonical one, if one namespace has several), then
+// the canonical one that came last, then the first.
+func bestService(list []*service, ns string) *service {
+	var first, canonical, near *service
+	for _, svc := range list {
+		if !svc.visible(ns) {
+			continue
+		}
+		if ns != "" && svc.Namespace == ns && (near == nil || svc.Canonical && !near.Canonical) {
+			near = svc
+		}
+		if first == nil {
+			first = svc
+		}
+		if svc.Canonical {
+			canonical = svc
+		}
+	}
+	switch {
+	case near != nil:
+		return near
+	case canonical != nil:
+		return canonical
+	}
+	return first
+}
+
+// at returns what stands behind an address: a workload, or else a service.
+func (t *tables) at(network string, ip netip.Addr, ns string) (*workload, *service) {
+	if w := t.workloadAt(network, ip); w != nil {
+		return w, nil
+	}
+	return nil, t.serviceAt(network, ip, ns)
+}
+
+// named returns what stands behind namespace/hostname: a service, or else a
+// workload of that hostname.
+func (t *tables) named(name NamespacedHostname) (*workload, *service) {
+	if svc := t.services[name]; svc != nil {
+		return nil, svc
+	}
+	for _, w := range t.workloads {
+		if w.Hostname != "" && w.Hostname == name.Hostname && w.Namespace == name.Namespace {
+			return w, nil
+		}
+	}
+	return nil, nil
+}

@@ -1,0 +1,193 @@
+package state
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+)
+
+// PolicyScope says to which workloads a policy applies.
+type PolicyScope uint8
+
+// Global applies everywhere, Namespace in the namespace of the policy, Selector
+// to the workloads that name it.
+const (
+	PolicyGlobal PolicyScope = iota
+	PolicyNamespace
+	PolicySelector
+)
+
+// String returns the name that dumps use.
+func (s PolicyScope) String() string {
+	names := [...]string{"Global", "Namespace", "WorkloadSelector"}
+	if int(s) < len(names) {
+		return names[s]
+	}
+	return fmt.Sprintf("PolicyScope(%d)", uint8(s))
+}
+
+// Action is what a policy does with what it matches.
+type Action uint8
+
+// The actions.
+const (
+	Allow Action = iota
+	Deny
+)
+
+// String returns the name that dumps use.
+func (a Action) String() string {
+	if a == Allow {
+		return "Allow"
+	}
+	return "Deny"
+}
+
+// Policy is an authorization policy (spec/datapath.md §11). It matches if one of
+// its rules does. It is immutable once it is in a Store.
+type Policy struct {
+	Name, Namespace string
+	Scope           PolicyScope
+	Action          Action
+	Rules           []Rule
+	DryRun          bool // only logged
+}
+
+// Rule matches if each of its clauses does; without clauses it matches.
+type Rule []Clause
+
+// Clause matches if one of its matches does; without matches it matches.
+type Clause []Match
+
+// Match matches if each of its attributes does: a positive list if one entry
+// fits, a negative one if none does. A Match without attributes never matches.
+type Match struct {
+	Namespaces, NotNamespaces             []StringMatch
+	ServiceAccounts, NotServiceAccounts   []ServiceAccountMatch
+	Principals, NotPrincipals             []StringMatch // without spiffe://
+	SourceIPs, NotSourceIPs               []netip.Prefix
+	DestinationIPs, NotDestinationIPs     []netip.Prefix
+	DestinationPorts, NotDestinationPorts []uint16
+	// Unknown says that the control plane sent a condition that we do not know.
+	// It holds in a DENY policy and fails in an ALLOW policy (decision D7).
+	Unknown bool
+}
+
+// MatchKind is how a StringMatch compares.
+type MatchKind uint8
+
+// Presence matches every string but the empty one.
+const (
+	Exact MatchKind = iota
+	Prefix
+	Suffix
+	Presence
+)
+
+// StringMatch compares a string; Value is not used by Presence.
+type StringMatch struct {
+	Kind  MatchKind
+	Value string
+}
+
+// ServiceAccountMatch compares both parts exactly.
+type ServiceAccountMatch struct{ Namespace, ServiceAccount string }
+
+// Key returns the name of the policy among the policies of a Store, by which
+// workloads refer to it.
+func (p *Policy) Key() string { return p.Namespace + "/" + p.Name }
+
+// policy is a Policy with what is derived from it once, so that a verdict which
+// one policy decides costs no allocation.
+type policy struct {
+	Policy
+	key       string
+	tombstone bool // stands for a policy that was rejected
+	denied    *Denied
+	keys      []string // key alone
+	events    []PolicyEvent
+}
+
+func newPolicy(in *Policy) (*policy, error) {
+	if in == nil {
+		return nil, errors.New("no policy")
+	}
+	if err := in.check(); err != nil {
+		return nil, err
+	}
+	key := in.Key()
+	message := "allow policy match"
+	if in.Action == Deny {
+		message = "deny policy match"
+	}
+	if in.DryRun {
+		message = "dry-run: " + message
+	}
+	return &policy{
+		Policy: *in,
+		key:    key,
+		denied: &Denied{Policy: key},
+		keys:   []string{key},
+		events: []PolicyEvent{{Message: message, Policy: key}},
+	}, nil
+}
+
+// newTombstone stands for a rejected policy of which no good version is known
+// (decision D7): an ALLOW that matches nothing, or a DENY that matches everything.
+func newTombstone(in *Policy) (*policy, error) {
+	if in == nil {
+		return nil, errors.New("no policy")
+	}
+	t := Policy{Name: in.Name, Namespace: in.Namespace, Scope: in.Scope, Action: in.Action, DryRun: in.DryRun}
+	if t.Action != Allow && !t.DryRun {
+		t.Action = Deny
+		t.Rules = []Rule{{}}
+	}
+	p, err := newPolicy(&t)
+	if err != nil {
+		return nil, err
+	}
+	p.tombstone = true
+	return p, nil
+}
+
+func (p *Policy) check() error {
+	switch {
+	case p.Name == "":
+		return errors.New("name is empty")
+	case p.Scope > PolicySelector:
+		return fmt.Errorf("unknown enum: scope %d", p.Scope)
+	case p.Action > Deny:
+		return fmt.Errorf("unknown enum: action %d", p.Action)
+	case p.Scope == PolicyNamespace && p.Namespace == "":
+		return errors.New("namespace is empty in a policy of scope Namespace")
+	}
+	for _, rule := range p.Rules {
+		for _, clause := range rule {
+			for i := range clause {
+				if err := clause[i].check(); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func (m *Match) check() error {
+	for _, list := range [...][]StringMatch{m.Namespaces, m.NotNamespaces, m.Principals, m.NotPrincipals} {
+		for _, s := range list {
+			if s.Kind > Presence {
+				return fmt.Errorf("unknown string match %d", s.Kind)
+			}
+		}
+	}
+	for _, list := range [...][]netip.Prefix{m.SourceIPs, m.NotSourceIPs, m.DestinationIPs, m.NotDestinationIPs} {
+		for _, prefix := range list {
+			if !prefix.IsValid() {
+				return errors.New("invalid cidr in a match")
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,323 @@
+package state
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// ForeignTrustDomain says what a policy sees of an identity of another trust
+// domain (decision D18).
+type ForeignTrustDomain uint8
+
+// With IgnoreForeign the namespace and service account of a foreign identity are
+// unknown to policies, so that only principals match it.
+const (
+	IgnoreForeign ForeignTrustDomain = iota
+	MatchForeign
+)
+
+// MissingPolicy says what becomes of connections to a workload that names a
+// policy which nobody has sent (decision D7).
+type MissingPolicy uint8
+
+// AllowMissing skips the policy, DenyMissing refuses every connection.
+const (
+	AllowMissing MissingPolicy = iota
+	DenyMissing
+)
+
+// Config is what a Store needs to know of its proxy. The zero value works.
+type Config struct {
+	// NodeName is our node. Only workloads on it are local; with "" all are.
+	NodeName string
+	// Network is ours, for the detection of services.
+	Network string
+	// ClusterID of workloads that come without one; "" means Kubernetes.
+	ClusterID string
+	// DefaultTrustDomain of workloads that come without one; "" means cluster.local.
+	DefaultTrustDomain string
+	// TrustDomainAliases are trust domains that are the same as ours. One that is
+	// no valid trust domain never equals anything.
+	TrustDomainAliases []string
+	// HBONEPort of other proxies; 0 means 15008.
+	HBONEPort               uint16
+	AuthzForeignTrustDomain ForeignTrustDomain
+	AuthzMissingPolicy      MissingPolicy
+}
+
+// Store holds workloads, services and policies. All methods are safe for
+// concurrent use and none blocks on anything but another method's short work.
+type Store struct {
+	cfg          Config
+	trustDomains []string // DefaultTrustDomain and its aliases
+	notAllowed   *Denied
+	noAllow      []PolicyEvent
+
+	mu              sync.RWMutex // guards what follows
+	tables          *tables
+	changed         chan struct{}
+	policiesChanged chan struct{}
+}
+
+// New returns an empty store.
+func New(cfg Config) *Store {
+	cfg.ClusterID = or(cfg.ClusterID, "Kubernetes")
+	cfg.DefaultTrustDomain = or(cfg.DefaultTrustDomain, "cluster.local")
+	if cfg.HBONEPort == 0 {
+		cfg.HBONEPort = 15008
+	}
+	return &Store{
+		cfg:             cfg,
+		trustDomains:    append([]string{cfg.DefaultTrustDomain}, cfg.TrustDomainAliases...),
+		notAllowed:      &Denied{},
+		noAllow:         []PolicyEvent{{Message: eventNoAllow}},
+		tables:          newTables(),
+		changed:         make(chan struct{}),
+		policiesChanged: make(chan struct{}),
+	}
+}
+
+// Update is the content of one response of a control plane. Its parts are
+// carried out in the order of the fields.
+type Update struct {
+	Workloads []WorkloadUpdate
+	Services  []*Service
+	// Removed are the names of workloads (a UID) and services (namespace/hostname).
+	Removed  []string
+	Policies []*Policy
+	// Tombstones stand for policies that the caller had to reject: their rules are
+	// ignored. One that was not decodable at all is given as an Allow of scope
+	// PolicySelector. A tombstone has no effect while a good policy of its key is
+	// known (decision D7).
+	Tombstones      []*Policy
+	RemovedPolicies []string // keys, namespace/name
+}
+
+// Rejected is a resource that was not applied.
+type Rejected struct {
+	Name string // UID, namespace/hostname or namespace/name
+	Err  error
+}
+
+// RejectedError tells which resources of an Update were not applied. Its text is
+// that of a NACK: "name: reason", joined by "; ".
+type RejectedError struct{ Resources []Rejected }
+
+// Error lists every resource with its reason.
+func (e *RejectedError) Error() string {
+	var b strings.Builder
+	for i, r := range e.Resources {
+		if i > 0 {
+			b.WriteString("; ")
+		}
+		b.WriteString(r.Name + ": " + r.Err.Error())
+	}
+	return b.String()
+}
+
+// Unwrap returns the reasons.
+func (e *RejectedError) Unwrap() []error {
+	errs := make([]error, len(e.Resources))
+	for i, r := range e.Resources {
+		errs[i] = r.Err
+	}
+	return errs
+}
+
+// prepared is an Update whose resources were checked and completed, which needs
+// no lock.
+type prepared struct {
+	workloads []*workload
+	endpoints []map[NamespacedHostname][]Port // of workloads, by index
+	services  []*service
+	policies  []*policy
+	rejected  []Rejected
+}
+
+func (s *Store) prepare(u *Update) *prepared {
+	p := &prepared{}
+	reject := func(name string, err error) { p.rejected = append(p.rejected, Rejected{name, err}) }
+	for i := range u.Workloads {
+		w, err := s.newWorkload(&u.Workloads[i])
+		if err != nil {
+			name := ""
+			if u.Workloads[i].Workload != nil {
+				name = u.Workloads[i].Workload.UID
+			}
+			reject(name, err)
+			continue
+		}
+		p.workloads = append(p.workloads, w)
+		p.endpoints = append(p.endpoints, u.Workloads[i].Endpoints)
+	}
+	for _, in := range u.Services {
+		svc, err := s.newService(in)
+		if err != nil {
+			name := ""
+			if in != nil {
+				name = in.Key().String()
+			}
+			reject(name, err)
+			continue
+		}
+		p.services = append(p.services, svc)
+	}
+	tombstones := u.Tombstones
+	for _, in := range u.Policies {
+		pol, err := newPolicy(in)
+		if err != nil {
+			name := ""
+			if in != nil {
+				name = in.Key()
+				tombstones = append(slices.Clip(tombstones), in)
+			}
+			reject(name, err)
+			continue
+		}
+		p.policies = append(p.policies, pol)
+	}
+	for _, in := range tombstones {
+		pol, err := newTombstone(in)
+		if err != nil && in != nil {
+			pol, err = newTombstone(&Policy{Name: in.Name, Namespace: in.Namespace, Scope: PolicySelector})
+		}
+		if err == nil {
+			p.policies = append(p.policies, pol)
+		}
+	}
+	return p
+}
+
+// Apply carries out one response. Readers see all of it or nothing. Resources
+// that cannot be applied are left out and named in the *RejectedError that Apply
+// then returns; of those, the version that was known before stays.
+func (s *Store) Apply(u Update) error {
+	p := s.prepare(&u)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.insert(s.tables, p)
+	changed := len(p.workloads) > 0 || len(p.services) > 0
+	for _, name := range u.Removed {
+		changed = s.tables.remove(name) || changed
+	}
+	policies := len(p.policies) > 0
+	for _, key := range u.RemovedPolicies {
+		policies = s.tables.removePolicy(key) || policies
+	}
+	s.tables.flush()
+	s.notify(changed || policies, policies)
+	return p.err()
+}
+
+// Replace puts u in the place of all that the store knows; the fields that
+// remove have no meaning. If any resource is rejected nothing changes.
+func (s *Store) Replace(u Update) error {
+	p := s.prepare(&u)
+	if err := p.err(); err != nil {
+		return err
+	}
+	t := newTables()
+	s.insert(t, p)
+	t.flush()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tables = t
+	s.notify(true, true)
+	return nil
+}
+
+func (p *prepared) err() error {
+	if len(p.rejected) == 0 {
+		return nil
+	}
+	return &RejectedError{Resources: p.rejected}
+}
+
+func (s *Store) insert(t *tables, p *prepared) {
+	for i, w := range p.workloads {
+		t.insertWorkload(w, s.cfg.NodeName, p.endpoints[i])
+	}
+	for _, svc := range p.services {
+		t.insertService(svc)
+	}
+	for _, pol := range p.policies {
+		t.insertPolicy(pol)
+	}
+}
+
+// remove dispatches on the form of a name: a UID, else namespace/hostname
+// (spec/state-xds-dns.md §3.5). It reports whether there was something to remove.
+func (t *tables) remove(name string) bool {
+	if t.removeWorkload(name) {
+		return true
+	}
+	ns, host, ok := strings.Cut(name, "/")
+	if !ok || strings.Contains(host, "/") {
+		return false
+	}
+	return t.removeService(NamespacedHostname{Namespace: ns, Hostname: host})
+}
+
+// notify wakes those who wait for a change. The caller holds mu.
+func (s *Store) notify(changed, policies bool) {
+	if changed {
+		close(s.changed)
+		s.changed = make(chan struct{})
+	}
+	if policies {
+		close(s.policiesChanged)
+		s.policiesChanged = make(chan struct{})
+	}
+}
+
+// Changed returns a channel that is closed at the next change of anything. Take
+// the channel, look, then wait for it: no change is lost then.
+func (s *Store) Changed() <-chan struct{} {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.changed
+}
+
+// PoliciesChanged is Changed for policies: when its channel is closed, the
+// connections that were allowed must be judged again (spec/datapath.md §12.2).
+func (s *Store) PoliciesChanged() <-chan struct{} {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.policiesChanged
+}
+
+// Local returns the workload on our node for which a proxy stands in.
+func (s *Store) Local(ref Ref) (*Workload, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return exported(best(s.tables.local[ref]))
+}
+
+// Workload returns the workload that has an address, pods first.
+func (s *Store) Workload(network string, addr netip.Addr) (*Workload, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return exported(s.tables.workloadAt(network, addr))
+}
+
+// WorkloadByUID returns the workload of a UID.
+func (s *Store) WorkloadByUID(uid string) (*Workload, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return exported(s.tables.workloads[uid])
+}
+
+func exported(w *workload) (*Workload, bool) {
+	if w == nil {
+		return nil, false
+	}
+	return &w.Workload, true
+}
+
+// ours tells whether td is our trust domain or an alias of it.
+func (s *Store) ours(td string) bool { return slices.Contains(s.trustDomains, td) }
+
+var errNoSource = errors.New("no source workload")

@@ -1,0 +1,186 @@
+package state
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// String returns the name that logs and dumps use.
+func (p Protocol) String() string {
+	switch p {
+	case TCP:
+		return "TCP"
+	case HBONE:
+		return "HBONE"
+	case DoubleHBONE:
+		return "DOUBLEHBONE"
+	}
+	return fmt.Sprintf("Protocol(%d)", uint8(p))
+}
+
+// String returns the name that dumps use.
+func (m NetworkMode) String() string {
+	if m == HostNetwork {
+		return "HostNetwork"
+	}
+	return "Standard"
+}
+
+// String returns the name that dumps use.
+func (h Health) String() string {
+	if h == Healthy {
+		return "Healthy"
+	}
+	return "Unhealthy"
+}
+
+// String returns namespace/hostname.
+func (n NamespacedHostname) String() string { return n.Namespace + "/" + n.Hostname }
+
+// String returns network/IP.
+func (a NetworkAddress) String() string { return a.Network + "/" + a.Addr.String() }
+
+// String returns the destination without the port: network/IP or
+// namespace/hostname.
+func (g *GatewayAddress) String() string {
+	if g.Address.Addr.IsValid() {
+		return g.Address.String()
+	}
+	return g.Hostname.String()
+}
+
+// String names the workload in error texts.
+func (w *Workload) String() string {
+	return fmt.Sprintf("Workload{%s with uid %s (%s)}", w.Name, w.UID, w.Protocol)
+}
+
+// WorkloadUpdate is a workload as a control plane sends it.
+type WorkloadUpdate struct {
+	// Workload may lack its trust domain, service account and cluster, for which
+	// Config has defaults. Identity and Services are derived and ignored here.
+	Workload *Workload
+	// Endpoints are the services that the workload is a member of, each with the
+	// ports that the workload maps on its own account.
+	Endpoints map[NamespacedHostname][]Port
+}
+
+// workload is a Workload with what is derived from it once.
+type workload struct {
+	Workload
+	ids  []spiffeid.ID // Identity and its aliases: what the workload may present
+	rank uint8         // who wins an address that several workloads claim
+}
+
+// The ranks of workloads that share an address. The UID of a pod contains
+// "//Pod/" (a "//v1/Pod/" is none).
+const (
+	rankOther uint8 = iota
+	rankHBONE
+	rankPod
+	rankPodHBONE
+)
+
+// newWorkload completes and checks the workload of u. It copies the struct, not
+// what it points to.
+func (s *Store) newWorkload(u *WorkloadUpdate) (*workload, error) {
+	if u.Workload == nil {
+		return nil, errors.New("no workload")
+	}
+	w := &workload{Workload: *u.Workload}
+	if w.UID == "" {
+		return nil, errors.New("uid is empty")
+	}
+	if w.Protocol > HBONE {
+		return nil, fmt.Errorf("unknown enum: protocol %d", w.Protocol)
+	}
+	if w.NetworkMode > HostNetwork {
+		return nil, fmt.Errorf("unknown enum: network mode %d", w.NetworkMode)
+	}
+	if w.Health > Unhealthy {
+		return nil, fmt.Errorf("unknown enum: status %d", w.Health)
+	}
+	for _, ip := range w.IPs {
+		if !ip.IsValid() {
+			return nil, errors.New("an address is not valid")
+		}
+	}
+	if err := errors.Join(checkGateway("waypoint", w.Waypoint), checkGateway("network gateway", w.NetworkGateway)); err != nil {
+		return nil, err
+	}
+	w.TrustDomain = or(w.TrustDomain, s.cfg.DefaultTrustDomain)
+	w.ServiceAccount = or(w.ServiceAccount, "default")
+	w.ClusterID = or(w.ClusterID, s.cfg.ClusterID)
+	id, err := identity(w.TrustDomain, w.Namespace, w.ServiceAccount)
+	if err != nil {
+		return nil, err
+	}
+	w.Identity = id
+	w.ids = s.withAliases(id)
+	w.Services = sortedKeys(u.Endpoints)
+	if strings.Contains(w.UID, "//Pod/") {
+		w.rank += rankPod
+	}
+	if w.Protocol == HBONE {
+		w.rank += rankHBONE
+	}
+	return w, nil
+}
+
+// identity joins the parts of an identity by the rules of SPIFFE-ID.md §2; in
+// particular none may be empty and the trust domain must be lower case.
+func identity(trustDomain, namespace, serviceAccount string) (spiffeid.ID, error) {
+	td, err := spiffeid.TrustDomainFromString(trustDomain)
+	if err != nil || td.Name() != trustDomain || len(trustDomain) > 255 {
+		return spiffeid.ID{}, fmt.Errorf("trust domain %q: want 1 to 255 characters of a-z, 0-9, '.', '-', '_'", trustDomain)
+	}
+	if err := spiffeid.ValidatePathSegment(namespace); err != nil {
+		return spiffeid.ID{}, fmt.Errorf("namespace %q in a SPIFFE ID: %w", namespace, err)
+	}
+	if err := spiffeid.ValidatePathSegment(serviceAccount); err != nil {
+		return spiffeid.ID{}, fmt.Errorf("service account %q in a SPIFFE ID: %w", serviceAccount, err)
+	}
+	return spiffeid.FromSegments(td, "ns", namespace, "sa", serviceAccount)
+}
+
+// withAliases returns id and, if its trust domain is one of ours, the same
+// identity in the other trust domains that are ours (decision D2).
+func (s *Store) withAliases(id spiffeid.ID) []spiffeid.ID {
+	ids := []spiffeid.ID{id}
+	if !s.ours(id.TrustDomain().Name()) {
+		return ids
+	}
+	for _, td := range s.trustDomains {
+		if other, err := spiffeid.FromString("spiffe://" + td + id.Path()); err == nil && other != id {
+			ids = append(ids, other)
+		}
+	}
+	return ids
+}
+
+// owns tells whether ip is an address of w.
+func (w *workload) owns(ip netip.Addr) bool {
+	for _, a := range w.IPs {
+		if a == ip {
+			return true
+		}
+	}
+	return false
+}
+
+func checkGateway(what string, g *GatewayAddress) error {
+	if g != nil && !g.Address.Addr.IsValid() && g.Hostname.Hostname == "" {
+		return fmt.Errorf("nonempty gateway address is missing address: %s", what)
+	}
+	return nil
+}
+
+func or(s, otherwise string) string {
+	if s == "" {
+		return otherwise
+	}
+	return s
+}
