@@ -1,0 +1,124 @@
+package ca
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+)
+
+// Lease is a hold on the SVID of one workload: it can reach no other. All
+// methods are safe for concurrent use.
+type Lease struct {
+	m    *Manager
+	ref  WorkloadRef
+	view atomic.Pointer[view] // written under m.mu
+
+	// guarded by m.mu
+	hold     *hold         // that fills view; nil when no provider serves the workload
+	next     *hold         // of a live move under way
+	changed  chan struct{} // closed and replaced when view changes
+	released bool
+}
+
+// SVID is the current SVID. When there is one this is one atomic load, and it
+// has not expired. Before the provider's first answer it waits, until ctx ends;
+// when the provider said no, or the SVID expired or was withdrawn, it returns
+// the reason at once, and does not cause a new attempt. The result belongs to
+// everyone: fetch it anew for each handshake, and do not keep it.
+func (l *Lease) SVID(ctx context.Context) (*SVID, error) {
+	if v := l.view.Load(); v.state == Available {
+		return v.svid, nil
+	}
+	return l.wait(ctx)
+}
+
+func (l *Lease) wait(ctx context.Context) (*SVID, error) {
+	for {
+		l.m.mu.Lock()
+		v, changed := l.view.Load(), l.changed
+		hold := l.hold
+		if hold != nil && v.state == Pending {
+			hold.wanted = true
+		}
+		l.m.mu.Unlock()
+		switch v.state {
+		case Available:
+			return v.svid, nil
+		case Unavailable, Withdrawn:
+			return nil, v.err
+		}
+		if hold != nil {
+			hold.hurry()
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for the certificate of %s: %w", l.ref.ID, context.Cause(ctx))
+		}
+	}
+}
+
+// Changed is closed when what SVID returns has changed: an SVID was renewed,
+// lost or found, or the lease was released. Call it before looking at SVID.
+func (l *Lease) Changed() <-chan struct{} {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	return l.changed
+}
+
+// Ref is the workload for which the lease was acquired.
+func (l *Lease) Ref() WorkloadRef { return l.ref }
+
+// Release gives the lease back. SVID returns [ErrReleased] afterwards, also to
+// those who wait. The last lease ends the watch: at once for a certificate of
+// one workload, after [ManagerConfig].Linger for one of an identity. Further
+// calls do nothing.
+func (l *Lease) Release() {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	if l.released {
+		return
+	}
+	l.store(&view{state: Withdrawn, err: ErrReleased})
+	l.released = true
+	delete(l.m.leases, l)
+	if h := l.next; h != nil {
+		l.next = nil
+		delete(h.moving, l)
+		l.m.leave(h, true)
+	}
+	if h := l.hold; h != nil {
+		l.hold = nil
+		delete(h.leases, l)
+		l.m.leave(h, true)
+	}
+}
+
+// store shows v and wakes those who wait. It is called with the manager's lock
+// held.
+func (l *Lease) store(v *view) {
+	if l.released || l.view.Load() == v {
+		return
+	}
+	l.view.Store(v)
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+// settle ends a live move when it can: the new key has an SVID, or there is
+// none to keep. It is called with the manager's lock held.
+func (l *Lease) settle() {
+	next := l.next
+	if next == nil || next.view.state != Available && l.view.Load().state == Available {
+		return
+	}
+	old := l.hold
+	l.hold, l.next = next, nil
+	delete(next.moving, l)
+	next.leases[l] = struct{}{}
+	l.store(next.view)
+	if old != nil {
+		delete(old.leases, l)
+		l.m.leave(old, false)
+	}
+}

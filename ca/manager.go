@@ -1,0 +1,356 @@
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+)
+
+// ManagerConfig configures a [Manager]. The zero value of a field means its
+// default.
+type ManagerConfig struct {
+	// Linger is how long a certificate that is shared by identity is kept, and
+	// renewed, after its last lease was released: re-issuing is dear, and pods
+	// of one service account come and go (CA_LINGER). Default 5 min; negative
+	// means not at all. Certificates of one workload (Key.UID) never linger.
+	Linger time.Duration
+	// AnyID accepts certificates of other identities than the requested one:
+	// in dedicated mode the CA alone decides who we are.
+	AnyID bool
+	// Logger; nil discards.
+	Logger *slog.Logger
+}
+
+// Manager holds one certificate per [Key] that is leased, and hands it to the
+// holders of leases. All methods are safe for concurrent use.
+//
+// A hold is the manager's side of one key: one Watch of its provider, and one
+// WatchBundles of every other provider, since a peer's certificate may come
+// from any of them. Leases point to one hold; during a live move also to the
+// next one. A hold copies what it publishes into its leases, so that reading is
+// one atomic load.
+type Manager struct {
+	cfg  ManagerConfig
+	log  *slog.Logger
+	wake chan struct{} // one slot: a deadline of the sweeper moved
+
+	mu        sync.Mutex // guards what follows, holds and leases
+	router    Router
+	holds     map[holdKey]*hold
+	leases    map[*Lease]struct{}
+	providers map[Provider]context.CancelFunc // those that run
+	failed    error                           // of a provider's Run
+	stop      context.CancelCauseFunc
+	ctx       context.Context // of Run, nil before; it belongs to the manager as long as it runs
+	tasks     sync.WaitGroup  // watches and providers
+}
+
+// holdKey tells apart providers of one name before and after a move.
+type holdKey struct {
+	provider Provider
+	key      Key
+}
+
+var errStopped = fmt.Errorf("%w: the certificate manager has stopped", ErrReleased)
+
+// NewManager makes a manager that serves workloads as r says. It starts
+// nothing: leases stay pending until Run.
+func NewManager(r Router, cfg ManagerConfig) *Manager {
+	switch {
+	case cfg.Linger == 0:
+		cfg.Linger = 5 * time.Minute
+	case cfg.Linger < 0:
+		cfg.Linger = 0
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Manager{
+		cfg:       cfg,
+		log:       cfg.Logger.With("component", "ca"),
+		wake:      make(chan struct{}, 1),
+		router:    r,
+		holds:     make(map[holdKey]*hold),
+		leases:    make(map[*Lease]struct{}),
+		providers: make(map[Provider]context.CancelFunc),
+	}
+}
+
+// Run runs the providers and the watches of all leases. It may be called once.
+// It returns after all have ended: nil when ctx ends, or the error of the first
+// provider whose Run failed. All leases are then without an SVID.
+func (m *Manager) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	m.mu.Lock()
+	if m.ctx != nil {
+		m.mu.Unlock()
+		return errors.New("the certificate manager was started twice")
+	}
+	m.ctx, m.stop = ctx, stop
+	m.reconcile()
+	for _, h := range m.holds {
+		m.start(h)
+	}
+	m.mu.Unlock()
+
+	m.sweep(ctx)
+
+	m.mu.Lock()
+	for l := range m.leases {
+		l.store(&view{state: Withdrawn, err: errStopped})
+	}
+	m.mu.Unlock()
+	m.tasks.Wait()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.holds)
+	return m.failed
+}
+
+// running reports whether goroutines may be started. It is called with the lock
+// held.
+func (m *Manager) running() bool { return m.ctx != nil && m.ctx.Err() == nil }
+
+// reconcile runs the providers that are listed or still hold a key, and ends
+// the others. It is called with the lock held.
+func (m *Manager) reconcile() {
+	if !m.running() {
+		return
+	}
+	want := make(map[Provider]bool)
+	for _, p := range m.router.All() {
+		want[p] = true
+	}
+	for k := range m.holds {
+		want[k.provider] = true
+	}
+	for p, cancel := range m.providers {
+		if !want[p] {
+			cancel()
+			delete(m.providers, p)
+		}
+	}
+	for p := range want {
+		if _, ok := m.providers[p]; ok {
+			continue
+		}
+		ctx, cancel := context.WithCancel(m.ctx)
+		m.providers[p] = cancel
+		m.tasks.Go(func() { m.runProvider(ctx, p) })
+	}
+}
+
+func (m *Manager) runProvider(ctx context.Context, p Provider) {
+	err := p.Run(ctx)
+	if ctx.Err() != nil {
+		return
+	}
+	if err == nil {
+		err = errors.New("it ended without a reason")
+	}
+	err = fmt.Errorf("run certificate provider %s: %w", p.Name(), err)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.failed == nil {
+		m.failed = err
+	}
+	m.stop(err)
+}
+
+// Acquire leases the certificate of w. It does not block. The caller must
+// release the lease; w.PIDFD stays the caller's, and must stay open until then.
+func (m *Manager) Acquire(w WorkloadRef) *Lease {
+	l := &Lease{m: m, ref: w, changed: make(chan struct{})}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ctx != nil && m.ctx.Err() != nil {
+		l.view.Store(&view{state: Withdrawn, err: errStopped})
+		l.released = true
+		return l
+	}
+	m.leases[l] = struct{}{}
+	l.view.Store(&view{state: Pending})
+	p := m.router.For(w)
+	if p == nil {
+		l.view.Store(noProvider(w))
+		return l
+	}
+	l.hold = m.join(p, w)
+	l.hold.leases[l] = struct{}{}
+	l.store(l.hold.view)
+	return l
+}
+
+func noProvider(w WorkloadRef) *view {
+	return &view{state: Unavailable, err: fmt.Errorf("no certificate provider serves %s in namespace %q", w.ID, w.Namespace)}
+}
+
+// join finds or makes the hold of p for w. It is called with the lock held.
+func (m *Manager) join(p Provider, w WorkloadRef) *hold {
+	k := holdKey{p, p.Key(w)}
+	h := m.holds[k]
+	if h == nil {
+		h = &hold{
+			m: m, key: k, ref: w,
+			view:   &view{state: Pending},
+			leases: make(map[*Lease]struct{}),
+			moving: make(map[*Lease]struct{}),
+			extra:  make(map[Provider]*bundleWatch),
+		}
+		m.holds[k] = h
+		if m.providers[p] == nil {
+			m.reconcile() // the router chose one that it does not list
+		}
+		m.start(h)
+	}
+	h.until = time.Time{}
+	return h
+}
+
+// start begins the watches of h if the manager runs. It is called with the lock
+// held.
+func (m *Manager) start(h *hold) {
+	if !m.running() || h.cancel != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(m.ctx)
+	h.ctx, h.cancel = ctx, cancel
+	m.tasks.Go(func() { h.watch(ctx) })
+	h.watchBundles(m.router.All())
+}
+
+// leave ends h once nobody points to it: after the linger, or at once. It is
+// called with the lock held.
+func (m *Manager) leave(h *hold, linger bool) {
+	if len(h.leases) > 0 || len(h.moving) > 0 {
+		return
+	}
+	if linger && h.key.key.UID == "" && m.cfg.Linger > 0 {
+		h.until = time.Now().Add(m.cfg.Linger)
+		m.poke()
+		return
+	}
+	m.drop(h)
+}
+
+// drop ends h. It is called with the lock held.
+func (m *Manager) drop(h *hold) {
+	if m.holds[h.key] == h {
+		delete(m.holds, h.key)
+	}
+	if h.cancel != nil {
+		h.cancel()
+	}
+	m.reconcile()
+}
+
+// sweep ends what is over, an SVID at its NotAfter and a hold after its
+// linger, until ctx ends.
+func (m *Manager) sweep(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		timer.Reset(m.sweepOnce(time.Now()))
+		select {
+		case <-ctx.Done():
+			return
+		case <-m.wake:
+		case <-timer.C:
+		}
+	}
+}
+
+// sweepOnce returns the time to the next deadline, at most 30 s: timers do not
+// see steps of the wall clock, which certificates go by.
+func (m *Manager) sweepOnce(now time.Time) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	sleep := maxSleep
+	for _, h := range m.holds {
+		if svid := h.view.svid; svid != nil {
+			if svid.expired(now) {
+				h.expire()
+			} else {
+				sleep = min(sleep, svid.NotAfter.Sub(now))
+			}
+		}
+		if h.until.IsZero() {
+			continue
+		}
+		if wait := h.until.Sub(now); wait > 0 {
+			sleep = min(sleep, wait)
+		} else {
+			m.drop(h)
+		}
+	}
+	return sleep
+}
+
+func (m *Manager) poke() {
+	select {
+	case m.wake <- struct{}{}:
+	default: // already told
+	}
+}
+
+// Replace is a live move to another routing. Every lease is resolved anew, by
+// the WorkloadRef with which it was acquired. One whose key changes keeps its
+// SVID, renewed as before, until the new key has a valid one; one that has no
+// SVID to keep moves at once. Providers that are no longer listed end when
+// their last lease has moved.
+func (m *Manager) Replace(r Router) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.router = r
+	m.reconcile()
+	for l := range m.leases {
+		m.move(l)
+	}
+	all := r.All()
+	for k, h := range m.holds {
+		if !h.until.IsZero() && !routed(r, h.ref, k) {
+			m.drop(h) // nobody would ask the old provider again
+			continue
+		}
+		if m.running() {
+			h.watchBundles(all)
+		}
+	}
+	m.reconcile()
+}
+
+// routed reports whether w is still served under k.
+func routed(r Router, w WorkloadRef, k holdKey) bool {
+	p := r.For(w)
+	return p != nil && holdKey{p, p.Key(w)} == k
+}
+
+// move points l to the hold that the router chooses now. It is called with the
+// lock held.
+func (m *Manager) move(l *Lease) {
+	if next := l.next; next != nil { // a move that did not come to its end
+		l.next = nil
+		delete(next.moving, l)
+		defer m.leave(next, false)
+	}
+	p := m.router.For(l.ref)
+	if p == nil {
+		if old := l.hold; old != nil {
+			l.hold = nil
+			delete(old.leases, l)
+			m.leave(old, false)
+		}
+		l.store(noProvider(l.ref))
+		return
+	}
+	if l.hold != nil && l.hold.key == (holdKey{p, p.Key(l.ref)}) {
+		return
+	}
+	l.next = m.join(p, l.ref)
+	l.next.moving[l] = struct{}{}
+	l.settle()
+}

@@ -1,0 +1,427 @@
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/internal/backoff"
+)
+
+// maxSleep bounds how long a timer trusts the wall clock to run evenly.
+const maxSleep = 30 * time.Second
+
+// PollConfig says how [Poll] asks. The zero value of a field means its default.
+type PollConfig struct {
+	// Concurrency is the number of requests at one time. Default 8.
+	Concurrency int
+	// Timeout bounds one request. Default 10 s.
+	Timeout time.Duration
+	// RenewSpread is the share of a certificate's life over which renewals are
+	// spread, from its half on: the default 0.1 renews between 50 % and 60 %.
+	// No renewal comes before half-life, and nodes that started together drift
+	// apart. Negative means exactly at half-life; at most 0.4.
+	RenewSpread float64
+	// Floor is the least time between a success and the next request for the
+	// same identity, for certificates that arrive past their half-life.
+	// Default 10 ms; a tenth of the remaining life if that is more.
+	Floor time.Duration
+	// Backoff spaces out the retries of one identity. Default: 1, 2, 4 … 150 s,
+	// ±20 %, and exactly 150 s after 15 minutes.
+	Backoff backoff.Policy
+	// AnyID accepts a certificate of another identity than the requested one:
+	// in dedicated mode the CA alone decides who we are.
+	AnyID bool
+	// Observe, if not nil, is told of each finished request; err is nil for a
+	// success. It must not block.
+	Observe func(err error, took time.Duration)
+	// Logger; nil discards.
+	Logger *slog.Logger
+}
+
+// RootWatcher is an optional interface of a [Fetcher] that knows anchors
+// before its first answer. WatchRoots reports them, and every change, from one
+// goroutine, until ctx ends, which it does with the first answer at the latest.
+type RootWatcher interface {
+	WatchRoots(ctx context.Context, update func(*Bundles)) error
+}
+
+// priority orders requests: renewals give way to new identities, and those to
+// identities for which a connection waits.
+type priority uint8
+
+const (
+	background priority = iota
+	warmup
+	realTime
+)
+
+// Poll makes a Provider of a Fetcher. It holds one certificate per identity as
+// long as somebody watches it: renewed from half-life on, retried with backoff,
+// requested once however many watch. A failed renewal leaves the certificate
+// in place until its NotAfter, at which time there is always an attempt.
+//
+// Requests are made while Run runs. The returned provider also has
+// Hurry(Key), by which a waiting connection overtakes warm-up and renewal.
+func Poll(name string, f Fetcher, cfg PollConfig) Provider {
+	if cfg.Concurrency <= 0 {
+		cfg.Concurrency = 8
+	}
+	if cfg.Timeout <= 0 {
+		cfg.Timeout = 10 * time.Second
+	}
+	if cfg.RenewSpread == 0 {
+		cfg.RenewSpread = 0.1
+	}
+	cfg.RenewSpread = min(max(cfg.RenewSpread, 0), 0.4)
+	if cfg.Floor <= 0 {
+		cfg.Floor = 10 * time.Millisecond
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &poll{
+		name:         name,
+		fetcher:      f,
+		cfg:          cfg,
+		log:          cfg.Logger.With("component", "ca", "provider", name),
+		wake:         make(chan struct{}, 1),
+		entries:      make(map[spiffeid.ID]*entry),
+		retries:      make(map[spiffeid.ID]*backoff.Sequence),
+		rootsChanged: make(chan struct{}),
+	}
+}
+
+type poll struct {
+	name    string
+	fetcher Fetcher
+	cfg     PollConfig
+	log     *slog.Logger
+	wake    chan struct{} // one slot: the dispatcher should look again
+
+	mu           sync.Mutex // guards what follows, and the entries
+	entries      map[spiffeid.ID]*entry
+	retries      map[spiffeid.ID]*backoff.Sequence // survives the entry
+	running      int
+	seq          uint64
+	roots        *Bundles // of the latest answer
+	rootsChanged chan struct{}
+}
+
+// entry is one watched identity.
+type entry struct {
+	id       spiffeid.ID
+	watchers int
+	inflight bool // a request runs; its result goes to whoever watches then
+	pri      priority
+	due      time.Time
+	seq      uint64 // breaks ties of due
+	event    Event
+	changed  chan struct{} // closed and replaced with each event
+}
+
+func (p *poll) Name() string { return p.name }
+
+func (p *poll) Key(w WorkloadRef) Key { return Key{Provider: p.name, ID: w.ID} }
+
+// Run starts the requests and waits for them when ctx ends.
+func (p *poll) Run(ctx context.Context) error {
+	var requests sync.WaitGroup
+	defer requests.Wait()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		timer.Reset(p.dispatch(ctx, &requests))
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-p.wake:
+		case <-timer.C:
+		}
+	}
+}
+
+// dispatch starts what is due, and returns how long to sleep.
+func (p *poll) dispatch(ctx context.Context, requests *sync.WaitGroup) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		now := time.Now()
+		best, sleep := p.next(now)
+		if best == nil || p.running >= p.cfg.Concurrency || ctx.Err() != nil {
+			return sleep
+		}
+		p.running++
+		best.inflight = true
+		requests.Go(func() { p.request(ctx, best) })
+	}
+}
+
+// next is the entry to request now, if any, and the time until another is due.
+func (p *poll) next(now time.Time) (best *entry, sleep time.Duration) {
+	sleep = maxSleep
+	for _, e := range p.entries {
+		if e.inflight || e.watchers == 0 {
+			continue
+		}
+		if wait := e.due.Sub(now); wait > 0 {
+			sleep = min(sleep, wait)
+			continue
+		}
+		if best == nil || e.before(best) {
+			best = e
+		}
+	}
+	return best, sleep
+}
+
+func (e *entry) before(o *entry) bool {
+	if e.pri != o.pri {
+		return e.pri > o.pri
+	}
+	if c := e.due.Compare(o.due); c != 0 {
+		return c < 0
+	}
+	return e.seq < o.seq
+}
+
+func (p *poll) request(ctx context.Context, e *entry) {
+	start := time.Now()
+	svid, err := p.fetch(ctx, e.id)
+	if ctx.Err() == nil && p.cfg.Observe != nil {
+		p.cfg.Observe(err, time.Since(start))
+	}
+	p.mu.Lock()
+	p.running--
+	e.inflight = false
+	switch {
+	case e.watchers == 0:
+		delete(p.entries, e.id)
+	case ctx.Err() != nil: // we are stopping: this says nothing about the backend
+	case err != nil:
+		p.failed(ctx, e, err)
+	default:
+		p.succeeded(ctx, e, svid)
+	}
+	p.mu.Unlock()
+	p.poke()
+}
+
+func (p *poll) fetch(ctx context.Context, id spiffeid.ID) (*SVID, error) {
+	rctx, cancel := context.WithTimeout(ctx, p.cfg.Timeout)
+	defer cancel()
+	svid, err := p.fetcher.Fetch(rctx, id)
+	if err == nil {
+		err = svid.check(id, p.cfg.AnyID, time.Now())
+	} else if errors.Is(rctx.Err(), context.DeadlineExceeded) && ctx.Err() == nil {
+		err = fmt.Errorf("no certificate within %v: %w", p.cfg.Timeout, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return svid, nil
+}
+
+// succeeded is called with the lock held.
+func (p *poll) succeeded(ctx context.Context, e *entry, svid *SVID) {
+	delete(p.retries, e.id)
+	now := time.Now()
+	spread := max(p.cfg.RenewSpread, 0) * rand.Float64()
+	at := renewAt(svid.NotBefore, svid.NotAfter, 0.5+spread)
+	floor := now.Add(max(p.cfg.Floor, svid.NotAfter.Sub(now)/10))
+	if at.Before(floor) {
+		at = floor
+	}
+	p.schedule(e, at)
+	p.publish(e, Event{State: Available, SVID: svid, Next: at})
+	if roots := svid.Bundles.Keep(p.roots); roots != p.roots {
+		p.roots = roots
+		close(p.rootsChanged)
+		p.rootsChanged = make(chan struct{})
+	}
+	p.log.DebugContext(ctx, "certificate issued", "svid", svid, "renewal", at)
+}
+
+// failed is called with the lock held.
+func (p *poll) failed(ctx context.Context, e *entry, err error) {
+	now := time.Now()
+	retry := p.retries[e.id]
+	if retry == nil {
+		retry = p.cfg.Backoff.New()
+		p.retries[e.id] = retry
+	}
+	delay := retry.Next(now)
+	at := now.Add(delay)
+	if old := e.event.SVID; e.event.State == Available && !old.expired(now) {
+		if at.After(old.NotAfter) {
+			at = old.NotAfter
+		}
+		p.schedule(e, at)
+		p.publish(e, Event{State: Available, SVID: old, Err: err, Next: at})
+		p.log.InfoContext(ctx, "certificate renewal failed, keeping the certificate",
+			"identity", e.id, "error", err, "not_after", old.NotAfter, "retry", at)
+		return
+	}
+	p.schedule(e, at)
+	p.publish(e, Event{State: Unavailable, Err: err, Next: at})
+	p.log.WarnContext(ctx, "certificate fetch failed, there is no valid certificate",
+		"identity", e.id, "error", err, "delay", delay)
+}
+
+func (p *poll) schedule(e *entry, at time.Time) {
+	p.seq++
+	e.pri, e.due, e.seq = background, at, p.seq
+}
+
+func (p *poll) publish(e *entry, ev Event) {
+	e.event = ev
+	close(e.changed)
+	e.changed = make(chan struct{})
+}
+
+// Hurry moves a first request in front of warm-up and renewal. It does nothing
+// for an identity that has an answer, good or bad.
+func (p *poll) Hurry(k Key) {
+	p.mu.Lock()
+	e := p.entries[k.ID]
+	if e != nil && e.event.State == Pending && !e.inflight && e.pri < realTime {
+		e.pri, e.due = realTime, time.Now()
+	}
+	p.mu.Unlock()
+	p.poke()
+}
+
+func (p *poll) poke() {
+	select {
+	case p.wake <- struct{}{}:
+	default: // already told
+	}
+}
+
+// Watch joins the watchers of w's identity.
+func (p *poll) Watch(ctx context.Context, w WorkloadRef, update func(Event)) error {
+	e := p.join(w.ID)
+	defer p.leave(e)
+	p.poke()
+	for {
+		p.mu.Lock()
+		ev, changed := e.event, e.changed
+		p.mu.Unlock()
+		update(ev)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		}
+	}
+}
+
+func (p *poll) join(id spiffeid.ID) *entry {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := p.entries[id]
+	if e == nil {
+		p.seq++
+		e = &entry{id: id, pri: warmup, due: time.Now(), seq: p.seq, changed: make(chan struct{})}
+		p.entries[id] = e
+	}
+	e.watchers++
+	return e
+}
+
+// leave forgets the identity with its last watcher. A running request goes on:
+// whoever watches again before it ends gets its result.
+func (p *poll) leave(e *entry) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e.watchers--; e.watchers > 0 {
+		return
+	}
+	e.event = Event{}
+	e.pri, e.due = warmup, time.Now()
+	if !e.inflight {
+		delete(p.entries, e.id)
+	}
+	p.pruneRetries()
+}
+
+// pruneRetries drops the counters of identities that nobody watches and whose
+// failures are long past. It is called with the lock held.
+func (p *poll) pruneRetries() {
+	const keep = time.Hour
+	for id, r := range p.retries {
+		if p.entries[id] == nil && time.Since(r.Started()) > keep {
+			delete(p.retries, id)
+		}
+	}
+}
+
+// WatchBundles reports the anchors of the latest answer, for whichever
+// identity: one CA signs them all. Before the first answer it reports those
+// that the fetcher knows.
+func (p *poll) WatchBundles(ctx context.Context, _ WorkloadRef, update func(*Bundles)) error {
+	if w, ok := p.fetcher.(RootWatcher); ok {
+		if err := p.watchRoots(ctx, w, update); err != nil {
+			return err
+		}
+	}
+	for {
+		p.mu.Lock()
+		roots, changed := p.roots, p.rootsChanged
+		p.mu.Unlock()
+		if roots != nil {
+			update(roots)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		}
+	}
+}
+
+// watchRoots runs w until the first answer.
+func (p *poll) watchRoots(ctx context.Context, w RootWatcher, update func(*Bundles)) error {
+	p.mu.Lock()
+	roots, changed := p.roots, p.rootsChanged
+	p.mu.Unlock()
+	if roots != nil {
+		return nil
+	}
+	rctx, cancel := context.WithCancel(ctx)
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		select {
+		case <-changed:
+			cancel()
+		case <-rctx.Done():
+		}
+	})
+	err := w.WatchRoots(rctx, update)
+	answered := rctx.Err() != nil && ctx.Err() == nil
+	cancel()
+	watcher.Wait()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil && !answered {
+		p.log.WarnContext(ctx, "trust anchors unknown before the first answer", "error", err)
+	}
+	return nil
+}
+
+// renewAt is the time at share of the life from notBefore to notAfter, or
+// notAfter when there is no life.
+func renewAt(notBefore, notAfter time.Time, share float64) time.Time {
+	life := notAfter.Sub(notBefore)
+	if life < 0 {
+		return notAfter
+	}
+	return notBefore.Add(time.Duration(float64(life) * share))
+}

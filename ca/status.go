@@ -1,0 +1,90 @@
+package ca
+
+import (
+	"cmp"
+	"crypto/x509"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Status is what an operator may know of one certificate. It holds no key.
+type Status struct {
+	ID       spiffeid.ID
+	UID      string // of the workload, when the certificate is not shared by identity
+	Provider string
+	State    State
+	// Text is the state in the words of the reference implementation:
+	// Initializing, Available, or "Unavailable: " and the reason.
+	Text      string
+	Err       error // the newest failure, also of a renewal while State is Available
+	Chain     []*x509.Certificate
+	Roots     []Anchor // anchors of the identity's own trust domain
+	Bundles   *Bundles // all of them; nil without an SVID
+	NotBefore time.Time
+	NotAfter  time.Time
+	Renewal   time.Time // of the provider's next attempt; zero if its backend pushes
+	Leases    int       // 0 while it lingers
+}
+
+// String is the state as Go names it; [Status].Text has the words for users.
+func (s State) String() string {
+	switch s {
+	case Pending:
+		return "Pending"
+	case Available:
+		return "Available"
+	case Unavailable:
+		return "Unavailable"
+	case Withdrawn:
+		return "Withdrawn"
+	}
+	return fmt.Sprintf("State(%d)", uint8(s))
+}
+
+// Snapshot is the state of all certificates, sorted by identity, then UID, then
+// provider.
+func (m *Manager) Snapshot() []Status {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	list := make([]Status, 0, len(m.holds))
+	for _, h := range m.holds {
+		list = append(list, h.status())
+	}
+	slices.SortFunc(list, func(a, b Status) int {
+		return cmp.Or(cmp.Compare(a.ID.String(), b.ID.String()), cmp.Compare(a.UID, b.UID), cmp.Compare(a.Provider, b.Provider))
+	})
+	return list
+}
+
+func (h *hold) status() Status {
+	s := Status{
+		ID:       h.ref.ID,
+		UID:      h.key.key.UID,
+		Provider: h.key.key.Provider,
+		State:    h.view.state,
+		Err:      h.lastErr,
+		Renewal:  h.next,
+		Leases:   len(h.leases) + len(h.moving),
+	}
+	switch h.view.state {
+	case Pending:
+		s.Text = "Initializing"
+	case Available:
+		s.Text = "Available"
+	default:
+		s.Text = fmt.Sprintf("Unavailable: %v", h.view.err)
+	}
+	if svid := h.view.svid; svid != nil {
+		s.ID = svid.ID
+		s.NotBefore, s.NotAfter = svid.NotBefore, svid.NotAfter
+		s.Bundles = svid.Bundles
+		s.Roots = svid.Bundles.Anchors(svid.ID.TrustDomain())
+		if chain, err := svid.Chain(); err == nil { // it was parsed when it was checked
+			s.Chain = chain
+		}
+	}
+	return s
+}

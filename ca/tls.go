@@ -1,0 +1,181 @@
+package ca
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// alpn is the only protocol of workload TLS.
+const alpn = "h2"
+
+// TLSOptions are what the TLS configurations of all workloads have in common.
+// The zero value is the default.
+type TLSOptions struct {
+	TLS12 bool // also allow TLS 1.2 (TLS12_ENABLED)
+	PQC   bool // only X25519MLKEM768, hence only TLS 1.3 (COMPLIANCE_POLICY=pqc)
+
+	// DefaultTrustDomain is the trust domain of this mesh, and Aliases are its
+	// other names (design D2). They compare equal when our own SVID is in one
+	// of them. Zero: the trust domain of our SVID.
+	DefaultTrustDomain spiffeid.TrustDomain
+	Aliases            []spiffeid.TrustDomain
+
+	Validation Validation // overrides the mode of the anchors
+
+	// Tolerated, if not nil, counts the rules that compatible mode forgave.
+	Tolerated func(rule string)
+	// Revoked, if not nil, is asked about every verified path, leaf first and
+	// anchor last; an error refuses the peer. It must not block for long.
+	Revoked func(path []*x509.Certificate) error
+}
+
+// PeerError is a peer with a valid certificate of another identity than the
+// connection allows.
+type PeerError struct {
+	Want string // the part of the text that says what was expected
+	Got  spiffeid.ID
+}
+
+// Error has the words of the reference implementation.
+func (e *PeerError) Error() string {
+	return fmt.Sprintf("identity verification error: peer did not present the expected %s, got %s", e.Want, e.Got)
+}
+
+// ServerTLS is the configuration with which svid accepts one peer or many. The
+// peer's certificate is mandatory, is verified in VerifyConnection, and must be
+// of svid's trust domain or an alias of it. A peer without ALPN is accepted.
+// svid must not be nil. The configuration must not be changed, and is out of
+// date when the lease's SVID changes.
+func ServerTLS(svid *SVID, opts TLSOptions) *tls.Config {
+	conf := baseTLS(svid, opts)
+	conf.ClientAuth = tls.RequireAnyClientCert
+	conf.VerifyConnection = func(cs tls.ConnectionState) error {
+		v, err := verifyPeer(cs, svid, Client, opts)
+		if err != nil {
+			return err
+		}
+		own := svid.ID.TrustDomain()
+		if !opts.sameDomain(own, own, v.ID.TrustDomain()) {
+			return &PeerError{Want: fmt.Sprintf("trustdomain (%s)", own.Name()), Got: v.ID}
+		}
+		return nil
+	}
+	return conf
+}
+
+// ClientTLS is the configuration with which svid connects to a peer that must
+// present one of expected, or an alias of one. It sends no server name. An
+// empty expected set is an error: nobody could be accepted.
+func ClientTLS(svid *SVID, expected []spiffeid.ID, opts TLSOptions) (*tls.Config, error) {
+	if svid == nil || svid.Cert == nil {
+		return nil, errors.New("no SVID to connect with")
+	}
+	if len(expected) == 0 {
+		return nil, errors.New("no identity is expected of the peer: the set is empty")
+	}
+	expected = slices.Clone(expected)
+	conf := baseTLS(svid, opts)
+	// No server name is sent or checked; VerifyConnection judges instead.
+	conf.InsecureSkipVerify = true
+	conf.VerifyConnection = func(cs tls.ConnectionState) error {
+		v, err := verifyPeer(cs, svid, Server, opts)
+		if err != nil {
+			return err
+		}
+		own := svid.ID.TrustDomain()
+		for _, e := range expected {
+			if v.ID == e || v.ID.Path() == e.Path() && opts.sameDomain(own, e.TrustDomain(), v.ID.TrustDomain()) {
+				return nil
+			}
+		}
+		return &PeerError{Want: fmt.Sprintf("SAN (%s)", join(expected)), Got: v.ID}
+	}
+	return conf, nil
+}
+
+func join(ids []spiffeid.ID) string {
+	var b strings.Builder
+	for i, id := range ids {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString(id.String())
+	}
+	return b.String()
+}
+
+// PeerID is the identity of a peer that one of our configurations has accepted.
+// It parses the one URI SAN as strictly as the verification did.
+func PeerID(cs tls.ConnectionState) (spiffeid.ID, error) {
+	if !cs.HandshakeComplete || len(cs.PeerCertificates) == 0 {
+		return spiffeid.ID{}, errors.New("the peer is not authenticated")
+	}
+	return leafID(cs.PeerCertificates[0])
+}
+
+func verifyPeer(cs tls.ConnectionState, svid *SVID, usage Usage, opts TLSOptions) (Verified, error) {
+	v, err := VerifySVID(cs.PeerCertificates, svid.Bundles, VerifyOptions{
+		Usage: usage, Validation: opts.Validation, Tolerated: opts.Tolerated,
+	})
+	if err != nil {
+		return Verified{}, err
+	}
+	if opts.Revoked != nil {
+		if err := opts.Revoked(v.Path); err != nil {
+			return Verified{}, err
+		}
+	}
+	return v, nil
+}
+
+// sameDomain reports whether a and b name one trust domain for the holder of a
+// certificate of own.
+func (o TLSOptions) sameDomain(own, a, b spiffeid.TrustDomain) bool {
+	if a == b {
+		return true
+	}
+	mesh := o.DefaultTrustDomain
+	if mesh.IsZero() {
+		mesh = own
+	}
+	local := func(td spiffeid.TrustDomain) bool { return td == mesh || slices.Contains(o.Aliases, td) }
+	return local(own) && local(a) && local(b)
+}
+
+func baseTLS(svid *SVID, opts TLSOptions) *tls.Config {
+	cert := svid.Cert
+	conf := &tls.Config{
+		Certificates: []tls.Certificate{*cert},
+		// The authorities that a peer hints at do not matter: there is one
+		// certificate, and without it the peer could only refuse.
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert, nil },
+		NextProtos:           []string{alpn},
+		MinVersion:           tls.VersionTLS13,
+		// A resumed session would not be verified anew (CVE-2025-68121), and
+		// configurations live too short to resume anything.
+		SessionTicketsDisabled: true,
+		CurvePreferences:       []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256, tls.CurveP384},
+		// Tunnels carry bulk data: always the largest record.
+		DynamicRecordSizingDisabled: true,
+	}
+	if opts.PQC {
+		conf.CurvePreferences = []tls.CurveID{tls.X25519MLKEM768}
+		return conf
+	}
+	if opts.TLS12 {
+		conf.MinVersion = tls.VersionTLS12
+		conf.CipherSuites = []uint16{
+			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+			tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+			tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+		}
+	}
+	return conf
+}
