@@ -11,7 +11,7 @@ BIN    := $(CURDIR)/bin/ztunnel
 TOOL   := $(GO) tool -modfile=internal/tools/go.mod
 
 CRYPTO_ENV_std    := CGO_ENABLED=0
-CRYPTO_ENV_fips   := CGO_ENABLED=0 GOFIPS140=latest
+CRYPTO_ENV_fips   := CGO_ENABLED=0 GOFIPS140=v1.0.0
 CRYPTO_ENV_boring := CGO_ENABLED=1 GOEXPERIMENT=boringcrypto
 CRYPTO_ENV = $(or $(CRYPTO_ENV_$(CRYPTO)),$(error CRYPTO=$(CRYPTO): want std, fips or boring))
 

@@ -1,0 +1,210 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// finish computes what several rows decide together, and checks rows against
+// each other.
+func (l *loader) finish() {
+	c := l.cfg
+	c.TLS.CryptoProvider = cryptoProvider()
+	if id, ok := l.env["ISTIO_META_CLUSTER_ID"]; ok {
+		l.show("CLUSTER_ID", id, "env ISTIO_META_CLUSTER_ID")
+	}
+	l.show("RUST_LOG", c.Log.Filter, "")
+	l.show("CA_ADDRESS", c.CA.Address, "")
+	l.show("XDS_ADDRESS", c.XDS.Address, "")
+	if f, ok := l.proxy.fields["discoveryAddress"]; ok && !l.isSet("XDS_ADDRESS") {
+		l.show("XDS_ADDRESS", c.XDS.Address, f.origin)
+	}
+	l.finishDeadline()
+	l.finishThreads()
+	l.finishAddresses()
+	l.finishProviders()
+	l.finishState()
+
+	if c.Proxy.Mode == ModeShared && !l.isSet("PACKET_MARK") {
+		c.Sockets.Mark = 1337
+	}
+	l.show("PACKET_MARK", strconv.FormatUint(uint64(c.Sockets.Mark), 10), "")
+	if c.Proxy.Mode == ModeDedicated && !l.isSet("PROXY_WORKLOAD_INFO") {
+		l.configProblem("PROXY_MODE=dedicated requires PROXY_WORKLOAD_INFO to be set")
+	}
+	if !c.Proxy.Enabled && !c.DNS.Enabled {
+		l.problems = append(l.problems, errors.New("error parsing proxy config: ztunnel run without any servers enabled"))
+	}
+}
+
+func (l *loader) configProblem(format string, args ...any) {
+	l.problems = append(l.problems, fmt.Errorf("invalid configuration: "+format, args...))
+}
+
+func (l *loader) finishDeadline() {
+	const byDefault = 5 * time.Second
+	p, origin := &l.cfg.Proxy, ""
+	if l.isSet("CONNECTION_TERMINATION_DEADLINE") {
+		return
+	}
+	p.TerminationDeadline = byDefault
+	if l.grace > 0 {
+		p.TerminationDeadline, origin = l.grace, "env TERMINATION_GRACE_PERIOD_SECONDS"
+	}
+	l.show("CONNECTION_TERMINATION_DEADLINE", p.TerminationDeadline.String(), origin)
+}
+
+// finishThreads implements the table of spec §5.4.
+func (l *loader) finishThreads() {
+	cpus := l.cpus
+	switch {
+	case l.cpuQuota > 0:
+		cpus = l.cpuQuota
+	case l.cpuLimit > 0:
+		cpus = l.cpuLimit
+	}
+	threads, origin := 0, ""
+	explicit := l.values["ZTUNNEL_WORKER_THREADS"]
+	concurrency, hasConcurrency := l.proxy.fields["concurrency"]
+	switch {
+	case explicit.set:
+		threads, _ = parseThreads(explicit.text, cpus) // checked by the row
+	case hasConcurrency:
+		origin = concurrency.origin
+		n, _ := parseUint(concurrency.text, 0, maxU16) // checked by merge
+		if threads = int(n); n == 0 {
+			threads = cpus
+		}
+	case l.cpuQuota > 0:
+		threads, origin = max(l.cpuQuota, l.cpuReq), "env ZTUNNEL_RESOURCE_CPU_LIMIT"
+	default:
+		threads = max(int(math.Ceil(float64(cpus)*0.25)), l.cpuReq, 2)
+	}
+	l.cfg.Proxy.WorkerThreads = max(1, threads)
+	l.show("ZTUNNEL_WORKER_THREADS", strconv.Itoa(l.cfg.Proxy.WorkerThreads), origin)
+}
+
+func (l *loader) finishAddresses() {
+	c := l.cfg
+	c.Sockets.LoopbackIPv6 = c.Sockets.IPv6
+	if c.Sockets.IPv6 {
+		const sysctl = "/proc/sys/net/ipv6/conf/lo/disable_ipv6"
+		b, err := l.readFile(sysctl)
+		if err != nil {
+			l.warn("IPV6_ENABLED", "cannot read %s (%v): ::1 is assumed to exist", sysctl, err)
+		}
+		c.Sockets.LoopbackIPv6 = strings.TrimSpace(string(b)) != "1"
+	}
+	wildcard := netip.IPv4Unspecified()
+	if c.Sockets.IPv6 {
+		wildcard = netip.IPv6Unspecified()
+	}
+	any := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(wildcard, port) }
+	c.Listeners = ListenerConfig{
+		Inbound:          any(15008),
+		InboundPlaintext: any(15006),
+		Outbound:         any(15001),
+		Admin:            BindAddr{Localhost: true, IPv6: c.Sockets.LoopbackIPv6, Port: l.adminPort},
+		Stats:            BindAddr{Addr: any(l.statsPort)},
+		Readiness:        BindAddr{Addr: any(15021)},
+		IllegalPorts:     []uint16{15001, 15006, 15008},
+	}
+	if c.Proxy.SOCKS5 {
+		c.Listeners.SOCKS5 = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 15080)
+		c.Listeners.IllegalPorts = append(c.Listeners.IllegalPorts, 15080)
+	}
+	c.DNS.Addr.IPv6 = c.DNS.Addr.Localhost && c.Sockets.LoopbackIPv6
+}
+
+// finishProviders joins CA_PROVIDER with the switches that mean the same.
+func (l *loader) finishProviders() {
+	c := l.cfg
+	explicit := l.values["CA_PROVIDER"]
+	if c.CA.Fake && l.spire {
+		l.configProblem("%s contradicts %s", assignment(l.values["FAKE_CA"], false), assignment(l.values["SPIRE_ENABLED"], false))
+		return
+	}
+	for _, s := range []struct {
+		row, provider string
+		on            bool
+	}{
+		{"FAKE_CA", providerLocal, c.CA.Fake},
+		{"SPIRE_ENABLED", providerSPIREDelegated, l.spire},
+	} {
+		if !s.on {
+			continue
+		}
+		want := []string{s.provider}
+		if explicit.set && !slices.Equal(c.CA.Providers, want) {
+			l.configProblem("%s contradicts %s, which means CA_PROVIDER=%s",
+				assignment(explicit, false), assignment(l.values[s.row], false), s.provider)
+			continue
+		}
+		c.CA.Providers = want
+		l.show("CA_PROVIDER", s.provider, l.values[s.row].origin)
+	}
+	if slices.Contains(c.CA.Providers, providerIstio) && l.isSet("CA_ADDRESS") && l.values["CA_ADDRESS"].text == "" {
+		l.problem(l.values["CA_ADDRESS"], false, errors.New("must not be empty with CA_PROVIDER=istio"))
+	}
+}
+
+func (l *loader) finishState() {
+	c := l.cfg
+	if l.isSet("LOCAL_XDS_PATH") && l.isSet("LOCAL_XDS") {
+		l.configProblem("only one of LOCAL_XDS_PATH and LOCAL_XDS may be set")
+	}
+	if c.XDS.OnDemand && c.DNS.Enabled {
+		l.problems = append(l.problems, errors.New("error parsing proxy config: DNS proxy does not currently support on-demand mode"))
+	}
+	if c.XDS.Address == "" && !l.isSet("LOCAL_XDS_PATH") && !l.isSet("LOCAL_XDS") {
+		l.warn("LOCAL_XDS_PATH", "xDS is off and there is no local file: no workload is known")
+	}
+}
+
+// refuseUnsupported reports what is configured and understood, but not in this
+// build. It says what to set instead.
+func (l *loader) refuseUnsupported() {
+	c := l.cfg
+	refuse := func(name, text, format string, args ...any) {
+		v := l.values[name]
+		v.name = name
+		if v.text == "" || !v.set {
+			v.text = text
+		}
+		reason := fmt.Sprintf(format, args...)
+		if !v.set {
+			reason = "the default; " + reason
+		}
+		l.problem(v, false, errors.New(reason))
+	}
+	if c.Proxy.Mode == ModeShared {
+		refuse("PROXY_MODE", string(ModeShared), "shared mode is not supported by this build yet: set PROXY_MODE=dedicated and PROXY_WORKLOAD_INFO")
+	}
+	if c.CA.Providers != nil && !slices.Equal(c.CA.Providers, []string{providerLocal}) {
+		refuse("CA_PROVIDER", strings.Join(c.CA.Providers, ","), "this build supports only the provider local so far: set CA_PROVIDER=local")
+	}
+	if c.XDS.Address != "" {
+		refuse("XDS_ADDRESS", c.XDS.Address, `xDS is not supported by this build yet: set XDS_ADDRESS="" and LOCAL_XDS_PATH`)
+	}
+	for _, s := range []struct {
+		name, instead string
+		on            bool
+	}{
+		{"XDS_ON_DEMAND", "on-demand xDS is not supported by this build yet: unset it or set false", c.XDS.OnDemand},
+		{"UNSTABLE_ENABLE_SOCKS5", "SOCKS5 is not supported by this build yet: unset it or set false", c.Proxy.SOCKS5},
+		{"ISTIO_META_DNS_CAPTURE", "the DNS proxy is not supported by this build yet: unset it or set false", c.DNS.Enabled},
+		{"CRL_PATH", "certificate revocation lists are not supported by this build yet: unset it", c.CA.CRLPath != ""},
+		{"CA_ROUTES", "several providers are not supported by this build yet: unset it", l.values["CA_ROUTES"].text != ""},
+		{"CA_CONFIG", "several providers are not supported by this build yet: unset it", l.values["CA_CONFIG"].text != ""},
+	} {
+		if s.on {
+			refuse(s.name, l.values[s.name].text, "%s", s.instead)
+		}
+	}
+}

@@ -1,0 +1,280 @@
+package main
+
+import (
+	"crypto/fips140"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/internal/zlog"
+)
+
+const (
+	defaultRootFile  = "./var/run/secrets/istio/root-cert.pem"
+	defaultTokenFile = "./var/run/secrets/tokens/istio-token"
+)
+
+// The provider names of CA_PROVIDER.
+const (
+	providerIstio          = "istio"
+	providerLocal          = "local"
+	providerSPIREDelegated = "spire-delegated"
+	providerSPIREBroker    = "spire-broker"
+	providerSPIREWorkload  = "spire-workload"
+)
+
+// setClusterID lets ISTIO_META_CLUSTER_ID win, as the reference does; the two
+// are no aliases, since charts set both.
+func setClusterID(l *loader, v value) error {
+	l.cfg.Proxy.ClusterID = v.text
+	if id, ok := l.env["ISTIO_META_CLUSTER_ID"]; ok {
+		l.cfg.Proxy.ClusterID = id
+	}
+	return nil
+}
+
+func setGracePeriod(l *loader, v value) error {
+	const most = 365 * 24 * 3600
+	s, err := parseUint(v.text, 0, most)
+	if err != nil {
+		return err
+	}
+	if s > 10 {
+		s -= 5
+	} else {
+		s = max(s, 2) - 1
+	}
+	l.grace = time.Duration(s) * time.Second
+	return nil
+}
+
+// setWorkerThreads only checks: the CPUs are known at the end.
+func setWorkerThreads(l *loader, v value) error {
+	_, err := parseThreads(v.text, l.cpus)
+	return err
+}
+
+func setProviders(l *loader, v value) error {
+	names := []string{providerIstio, providerSPIREDelegated, providerSPIREBroker, providerSPIREWorkload, providerLocal}
+	var out []string
+	for p := range strings.SplitSeq(v.text, ",") {
+		p = strings.TrimSpace(p)
+		switch p {
+		case "istio_ca":
+			p = providerIstio
+		case "spiffe_broker":
+			p = providerSPIREBroker
+		}
+		if !slices.Contains(names, p) {
+			return fmt.Errorf("unknown provider %q: must be one of %s", p, strings.Join(names, ", "))
+		}
+		if slices.Contains(out, p) {
+			return fmt.Errorf("provider %q stands twice", p)
+		}
+		out = append(out, p)
+	}
+	l.cfg.CA.Providers = out
+	return nil
+}
+
+func setTrustDomain(l *loader, v value) error {
+	td, err := spiffeid.TrustDomainFromString(v.text)
+	if err != nil {
+		return err
+	}
+	l.cfg.CA.DefaultTrustDomain = td.Name()
+	return nil
+}
+
+func setTrustDomainAliases(l *loader, v value) error {
+	names, _ := list(v.text)
+	for _, n := range names {
+		td, err := spiffeid.TrustDomainFromString(n)
+		if err != nil {
+			return fmt.Errorf("%q: %w", n, err)
+		}
+		l.cfg.CA.TrustDomainAliases = append(l.cfg.CA.TrustDomainAliases, td.Name())
+	}
+	return nil
+}
+
+// defaultControlPlane is where istiod is expected.
+func (l *loader) defaultControlPlane() string {
+	if _, ok := l.env["KUBERNETES_SERVICE_HOST"]; ok {
+		return "https://istiod.istio-system.svc:15012"
+	}
+	return "https://localhost:15012"
+}
+
+func setCAAddress(l *loader, v value) (err error) {
+	if !v.set {
+		v.text = l.defaultControlPlane()
+	}
+	l.cfg.CA.Address, err = parseAddress(v.text)
+	return err
+}
+
+func setXDSAddress(l *loader, v value) (err error) {
+	if !v.set {
+		v.text = l.defaultControlPlane()
+		if f, ok := l.proxy.fields["discoveryAddress"]; ok {
+			v.text = f.text
+		}
+	}
+	l.cfg.XDS.Address, err = parseAddress(v.text)
+	return err
+}
+
+func setRoot(field func(*Config) *RootCert) func(*loader, value) error {
+	return func(l *loader, v value) error {
+		switch {
+		case !v.set || l.exists(v.text):
+			*field(l.cfg) = RootCert{File: v.text}
+		case v.text == "SYSTEM":
+			*field(l.cfg) = RootCert{}
+		case strings.Contains(v.text, "-----BEGIN"):
+			*field(l.cfg) = RootCert{Inline: v.text}
+		default:
+			return errors.New("must be the path of a file that exists, SYSTEM, or PEM text")
+		}
+		return nil
+	}
+}
+
+func setToken(l *loader, v value) error {
+	switch {
+	case !v.set && l.exists(defaultTokenFile):
+		l.cfg.CA.Token.File = defaultTokenFile
+	case v.set && l.exists(v.text):
+		l.cfg.CA.Token.File = v.text
+	case v.set:
+		l.cfg.CA.Token.Token = v.text
+	}
+	return nil
+}
+
+func setHeader(prefix string, field func(*Config) *[]HeaderField) func(*loader, value) error {
+	return func(l *loader, v value) error {
+		name := strings.ToLower(strings.TrimPrefix(v.name, prefix))
+		if !validHeaderName(name) {
+			return fmt.Errorf("failed to parse header key: %s", v.name)
+		}
+		if !validHeaderValue(v.text) {
+			return errors.New("failed to parse header value: control characters are not allowed")
+		}
+		*field(l.cfg) = append(*field(l.cfg), HeaderField{Name: name, Value: v.text})
+		return nil
+	}
+}
+
+// setChoice is for a choice of two words: field becomes true for the second.
+func setChoice(no, yes string, field func(*Config) *bool) func(*loader, value) error {
+	return func(l *loader, v value) error {
+		s, err := oneOf(no, yes)(v.text)
+		*field(l.cfg) = s == yes
+		return err
+	}
+}
+
+// setTrueOnly is for a switch that knows one value; others are ignored with a
+// warning.
+func setTrueOnly(field func(*Config) *bool) func(*loader, value) error {
+	return func(l *loader, v value) error {
+		*field(l.cfg) = v.text == "true"
+		if v.text != "true" && v.text != "false" && v.text != "" {
+			l.warn(v.name, "%q has no effect: only true turns it on", v.text)
+		}
+		return nil
+	}
+}
+
+func setAuthzLogging(l *loader, v value) error {
+	return setTrueOnly(func(c *Config) *bool { return &c.Authz.InfoLogging })(l, v)
+}
+
+func setTLS12(l *loader, v value) error {
+	return setTrueOnly(func(c *Config) *bool { return &c.TLS.AllowTLS12 })(l, v)
+}
+
+func setCompliance(l *loader, v value) error {
+	switch v.text {
+	case "":
+	case "pqc":
+		l.cfg.TLS.PostQuantum = true
+	case "fips-140-2", "fips-140-3":
+		l.cfg.TLS.FIPSRequested = true
+		if !fips140.Enabled() {
+			l.warn(v.name, "%s asks for the FIPS module, which is not active in this build (crypto provider %s)", v.text, cryptoProvider())
+		}
+	default:
+		l.warn(v.name, "%q has no effect: known are pqc, fips-140-2, fips-140-3", v.text)
+	}
+	return nil
+}
+
+// setDNSCapture follows the reference: present means on only for "true", in any
+// case of letters.
+func setDNSCapture(l *loader, v value) error {
+	l.cfg.DNS.Enabled = strings.EqualFold(v.text, "true")
+	return nil
+}
+
+func setDNSAddr(l *loader, v value) error {
+	addr, err := parseBindAddr(v.text)
+	if err != nil {
+		return fmt.Errorf("failed to parse DNS_PROXY_ADDR: %s (%w)", v.text, err)
+	}
+	l.cfg.DNS.Addr = addr
+	return nil
+}
+
+func parseBindAddr(s string) (BindAddr, error) {
+	if port, ok := strings.CutPrefix(s, "localhost:"); ok {
+		n, err := number[uint16](0, maxU16)(port)
+		if err != nil {
+			return BindAddr{}, fmt.Errorf("port %w", err)
+		}
+		return BindAddr{Localhost: true, Port: n}, nil
+	}
+	ap, err := netip.ParseAddrPort(s)
+	if err != nil {
+		return BindAddr{}, errors.New("must be localhost:port or ip:port")
+	}
+	return BindAddr{Addr: ap}, nil
+}
+
+func setLogFilter(l *loader, v value) error {
+	l.cfg.Log.Filter = v.text
+	if v.text == "" {
+		l.cfg.Log.Filter = "info"
+	}
+	_, err := zlog.New(zlog.Config{Out: io.Discard, Sync: true, Filter: v.text})
+	return err
+}
+
+func setLogFormat(l *loader, v value) error {
+	l.cfg.Log.JSON = v.text == "json"
+	if v.text != "json" && v.text != "plain" && v.text != "" {
+		l.warn(v.name, "%q has no effect: known are json and plain", v.text)
+	}
+	return nil
+}
+
+func setMetadataJSON(l *loader, v value) error {
+	if !json.Valid([]byte(v.text)) {
+		l.warn(v.name, "the value is not JSON and is skipped")
+		return nil
+	}
+	if l.cfg.Proxy.MetadataJSON == nil {
+		l.cfg.Proxy.MetadataJSON = map[string]string{}
+	}
+	l.cfg.Proxy.MetadataJSON[strings.TrimPrefix(v.name, "ISTIO_METAJSON_")] = v.text
+	return nil
+}

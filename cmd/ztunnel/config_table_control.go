@@ -1,0 +1,128 @@
+package main
+
+import "time"
+
+var caVars = group{name: "Certificates", doc: "Who signs for the workloads, and which certificates are believed.", vars: []variable{
+	{name: "CA_PROVIDER", typ: "`istio`, `spire-delegated`, `spire-broker`, `spire-workload`, `local`", def: "istio",
+		doc: "The certificate provider. `istio_ca` and `spiffe_broker` are accepted as `istio` and `spire-broker`. Only `local` is available in this build; the default is refused.", set: setProviders},
+	{name: "FAKE_CA", typ: "bool", def: "false", doc: "`true` is the same as `CA_PROVIDER=local`.",
+		set: to(parseBool, func(c *Config) *bool { return &c.CA.Fake })},
+	{name: "CA_LOCAL_DIR", typ: "path", doc: "Where the local CA keeps its root certificate and key. Empty: in memory, a new root with each start.",
+		set: to(text, func(c *Config) *string { return &c.CA.LocalDir })},
+	{name: "SECRET_TTL", typ: "duration", def: "24h", doc: "The validity to ask for.",
+		set: to(positive, func(c *Config) *time.Duration { return &c.CA.SecretTTL })},
+	{name: "CA_LINGER", typ: "duration", def: "5m", doc: "How long a certificate is kept and renewed after its last use.",
+		set: to(parseDuration, func(c *Config) *time.Duration { return &c.CA.Linger })},
+	{name: "SVID_VALIDATION", typ: "`strict`, `compatible`", defDoc: "`strict` for SPIRE, `compatible` for `istio` and `local`",
+		doc: "`strict`: SPIFFE to the letter. `compatible`: absent key usages are tolerated, and counted.",
+		set: to(oneOf("strict", "compatible"), func(c *Config) *string { return &c.CA.Validation })},
+	{name: "DEFAULT_TRUST_DOMAIN", typ: "string", def: "cluster.local", doc: "The trust domain of a workload that names none.", set: setTrustDomain},
+	{name: "TRUST_DOMAIN_ALIASES", meta: "TRUST_DOMAIN_ALIASES", typ: "list", doc: "Trust domains that are equal to our own in identities and policies, separated by commas.", set: setTrustDomainAliases},
+	{name: "CA_ROUTES", typ: "string", doc: "Which namespaces and trust domains are served by which provider. A value is refused until then.", since: laterRoutes, set: check(text)},
+	{name: "CA_CONFIG", typ: "path", doc: "The same as a file. A value is refused until then.", since: laterRoutes, set: check(text)},
+	{name: "SVID_WITHDRAW_GRACE", typ: "duration", def: "5s", doc: "How long an identity that its provider took back is still used.", since: laterSPIRE, set: check(parseDuration)},
+	{name: "CRL_PATH", typ: "path", doc: "The certificate revocation list; empty = unset. A value is refused until then.", since: laterCRL,
+		set: to(text, func(c *Config) *string { return &c.CA.CRLPath })},
+	{name: "CA_ADDRESS", typ: "URI", defDoc: "`https://istiod.istio-system.svc:15012` in Kubernetes, else `https://localhost:15012`", parseEmpty: true,
+		doc: "The Istio CA. `https://` is assumed.", since: laterCA, set: setCAAddress},
+	{name: "CA_ROOT_CA", typ: "path, `SYSTEM` or PEM", def: defaultRootFile, doc: "The roots of the connection to the CA.", since: laterCA,
+		set: setRoot(func(c *Config) *RootCert { return &c.CA.RootCert })},
+	{name: "ALT_CA_HOSTNAME", typ: "string", doc: "One more accepted name of the CA's server certificate.", since: laterCA,
+		set: to(text, func(c *Config) *string { return &c.CA.AltHostname })},
+	{name: "CA_HEADER_*", typ: "string", prefix: true, doc: "Extra gRPC metadata; the rest of the name, in lower case, is the key.", since: laterCA,
+		set: setHeader("CA_HEADER_", func(c *Config) *[]HeaderField { return &c.CA.Headers })},
+	{name: "AUTH_TOKEN", typ: "path or token", defDoc: "`./var/run/secrets/tokens/istio-token` if it exists", secret: true, parseEmpty: true,
+		doc: "The bearer token for the CA and xDS: the file that holds it, or itself.", since: laterCA, set: setToken},
+}}
+
+var spireVars = group{name: "SPIRE", doc: "Settings of the SPIRE providers. None has an effect in this build.", vars: []variable{
+	{name: "SPIRE_ENABLED", aliases: []string{"USE_SPIRE"}, typ: "bool", def: "false", doc: "`true` is the same as `CA_PROVIDER=spire-delegated`.", since: laterSPIRE,
+		set: func(l *loader, v value) (err error) { l.spire, err = parseBool(v.text); return err }},
+	{name: "SPIRE_ADMIN_ENDPOINT_SOCKET", typ: "URI", def: "unix:///run/spire/sockets/admin.sock", doc: "The agent's admin socket.", since: laterSPIRE, set: check(text)},
+	{name: "SPIRE_TIMEOUT", typ: "duration", def: "10s", doc: "One request to the agent.", since: laterSPIRE, set: check(positive)},
+	{name: "CONTAINER_RUNTIME_SOCK_PATH", typ: "path", def: "/run/containerd/containerd.sock", doc: "Accepted for compatibility.", since: laterSPIRE, set: check(text)},
+	{name: "SPIFFE_BROKER_SOCKET", typ: "URI or path", doc: "The broker.", since: laterSPIRE, set: check(text)},
+	{name: "SPIFFE_BROKER_WORKLOAD_API_SOCKET", typ: "URI or path", doc: "The workload API that gives the proxy its own identity towards the broker.", since: laterSPIRE, set: check(text)},
+	{name: "SPIFFE_BROKER_WORKLOAD_API_SPIFFE_ID", typ: "SPIFFE ID", def: "spiffe://cluster.local/ns/istio-system/sa/ztunnel", doc: "The proxy's own identity towards the broker.", since: laterSPIRE, set: check(text)},
+	{name: "SPIFFE_BROKER_ATTESTATION", typ: "`k8s_object`", def: "k8s_object", doc: "How a workload is referenced.", since: laterSPIRE, set: check(oneOf("k8s_object"))},
+	{name: "SPIFFE_BROKER_TIMEOUT", typ: "duration", def: "10s", doc: "One request to the broker.", since: laterSPIRE, set: check(positive)},
+}}
+
+var xdsVars = group{name: "xDS", doc: "The control plane. This build has no xDS client: set `XDS_ADDRESS` to the empty string, and use a local file.", vars: []variable{
+	{name: "XDS_ADDRESS", typ: "URI", defDoc: "`discoveryAddress` of ProxyConfig, else as `CA_ADDRESS`", parseEmpty: true,
+		doc: "The control plane. Empty: xDS is off, the only choice in this build.", set: setXDSAddress},
+	{name: "discoveryAddress", field: true, typ: "string", doc: "The same in ProxyConfig.", since: laterXDS, set: check(parseAddress)},
+	{name: "XDS_ROOT_CA", typ: "path, `SYSTEM` or PEM", def: defaultRootFile, doc: "The roots of the connection to the control plane.", since: laterXDS,
+		set: setRoot(func(c *Config) *RootCert { return &c.XDS.RootCert })},
+	{name: "ALT_XDS_HOSTNAME", typ: "string", doc: "One more accepted name of the control plane's server certificate.", since: laterXDS,
+		set: to(text, func(c *Config) *string { return &c.XDS.AltHostname })},
+	{name: "XDS_HEADER_*", typ: "string", prefix: true, doc: "Extra gRPC metadata; the rest of the name, in lower case, is the key.", since: laterXDS,
+		set: setHeader("XDS_HEADER_", func(c *Config) *[]HeaderField { return &c.XDS.Headers })},
+	{name: "XDS_ON_DEMAND", typ: "bool", def: "false", doc: "Ask for workloads when they are needed. `true` is refused until then.", since: laterXDS,
+		set: to(parseBool, func(c *Config) *bool { return &c.XDS.OnDemand })},
+	{name: "XDS_STALE_GRACE", typ: "duration", def: "10s", doc: "How long an entry that the server no longer names stays usable after a reconnect.", since: laterXDS, set: check(parseDuration)},
+	{name: "XDS_FULL_SET", typ: "`auto`, `never`", def: "auto", doc: "Whether the first answer of a stream may delete entries.", since: laterXDS, set: check(oneOf("auto", "never"))},
+}}
+
+var localVars = group{name: "Local state", doc: "Workloads, services and policies from a file, in place of a control plane. Only one of the two may be set.", vars: []variable{
+	{name: "LOCAL_XDS_PATH", typ: "path", doc: "A YAML file; it is read again when it changes.",
+		set: to(nonEmpty, func(c *Config) *string { return &c.XDS.LocalPath })},
+	{name: "LOCAL_XDS", typ: "YAML", doc: "The same as text.", bulky: true,
+		set: to(text, func(c *Config) *string { return &c.XDS.LocalInline })},
+	{name: "PREFERED_SERVICE_NAMESPACE", typ: "string", doc: "The namespace that wins where several services share a host name. (The spelling is the reference's.)",
+		set: to(text, func(c *Config) *string { return &c.State.PreferredServiceNamespace })},
+}}
+
+var authzVars = group{name: "Authorization", vars: []variable{
+	{name: "AUTHZ_POLICY_INFO_LOGGING", typ: "`true`", doc: "Log each decision at level info. Any other value is ignored.", set: setAuthzLogging},
+	{name: "AUTHZ_MISSING_POLICY", typ: "`allow`, `deny`", def: "allow", doc: "What a policy that a workload names, but nobody has sent, means for its connections. Ours.",
+		set: setChoice("allow", "deny", func(c *Config) *bool { return &c.Authz.MissingPolicyDeny })},
+	{name: "AUTHZ_FOREIGN_TRUST_DOMAIN", typ: "`ignore`, `match`", def: "ignore", doc: "Whether `namespaces` and `serviceAccounts` of a policy match identities of other trust domains. Ours.",
+		set: setChoice("ignore", "match", func(c *Config) *bool { return &c.Authz.MatchForeignIdentity })},
+}}
+
+var tlsVars = group{name: "TLS", vars: []variable{
+	{name: "TLS12_ENABLED", typ: "`true`", doc: "Allow TLS 1.2. Any other value is ignored.", set: setTLS12},
+	{name: "COMPLIANCE_POLICY", typ: "`pqc`, `fips-140-2`, `fips-140-3`", doc: "`pqc`: only the key exchange X25519MLKEM768. `fips-…` asks for a build with the FIPS module (`make build CRYPTO=fips`). Any other value is ignored.", set: setCompliance},
+}}
+
+var dnsVars = group{name: "DNS proxy", doc: "This build has no DNS proxy.", vars: []variable{
+	{name: "ISTIO_META_DNS_CAPTURE", meta: "DNS_CAPTURE", typ: "bool", def: "false", doc: "Run the DNS proxy. `true` is refused until then; it is on by default from then.", since: laterDNS, set: setDNSCapture},
+	{name: "ISTIO_META_DNS_PROXY_ADDR", meta: "DNS_PROXY_ADDR", typ: "address", def: "localhost:15053", doc: "Where the DNS proxy listens: `localhost:port` = both loopbacks, else `ip:port`.", since: laterDNS, set: setDNSAddr},
+}}
+
+var inpodVars = group{name: "Shared mode", doc: "None has an effect in this build.", vars: []variable{
+	{name: "INPOD_UDS", typ: "path", def: "/var/run/ztunnel/ztunnel.sock", doc: "The socket of the CNI agent.", since: laterShared,
+		set: to(text, func(c *Config) *string { return &c.Inpod.UDS })},
+	{name: "INPOD_PORT_REUSE", typ: "bool", def: "true", doc: "SO_REUSEPORT on the listeners in pods.", since: laterShared,
+		set: to(parseBool, func(c *Config) *bool { return &c.Sockets.ReusePort })},
+	{name: "INPOD_NACK", typ: "`auto`, `always`, `never`", def: "auto", doc: "Whether a pod that cannot be served is refused to the CNI agent.", since: laterShared, set: check(oneOf("auto", "always", "never"))},
+	{name: "READINESS_BIND_ADDRESS", typ: "address", doc: "Where readiness is served.", since: laterShared, set: check(text)},
+	{name: "INPOD_ENABLED", typ: "string", doc: "Accepted for compatibility with charts; no effect.", set: check(text)},
+}}
+
+var adminVars = group{name: "Admin and metrics", doc: "Readiness is always on port 15021.", vars: []variable{
+	{name: "proxyAdminPort", field: true, typ: "number", def: "15000", doc: "The admin port, on loopback. A field of ProxyConfig.",
+		set: func(l *loader, v value) (err error) { l.adminPort, err = number[uint16](0, maxU16)(v.text); return err }},
+	{name: "statsPort", field: true, typ: "number", def: "15020", doc: "The metrics port. A field of ProxyConfig.",
+		set: func(l *loader, v value) (err error) { l.statsPort, err = number[uint16](0, maxU16)(v.text); return err }},
+	{name: "METRICS_IDLE_TIMEOUT", typ: "duration", def: "15m", doc: "A series that has not changed for so long, and that no open connection holds, is dropped; `0s` = never. Ours.",
+		set: to(parseDuration, func(c *Config) *time.Duration { return &c.Metrics.IdleTimeout })},
+	{name: "METRICS_MAX_SERIES", typ: "number", def: "10000", doc: "Label sets of one group of metrics; what comes after goes into one overflow series. Ours.",
+		set: to(number[int](1, maxWindow), func(c *Config) *int { return &c.Metrics.MaxSeries })},
+}}
+
+var logVars = group{name: "Logging", vars: []variable{
+	{name: "RUST_LOG", typ: "filter", def: "info", doc: "Levels by target: `info,access=debug`. Levels: off, error, warn, info, debug, trace. Changed at run time with POST /logging.", set: setLogFilter},
+	{name: "LOG_FORMAT", typ: "`plain`, `json`", def: "plain", doc: "`json`: one object per line. Any other value means `plain`.", set: setLogFormat},
+	{name: "RUST_BACKTRACE", typ: "string", doc: "Accepted for compatibility with charts; no effect.", set: check(text)},
+}}
+
+var metadataVars = group{name: "ProxyConfig and metadata", doc: "ProxyConfig is read from `defaultConfig` of the file `./etc/istio/config/mesh` and from `PROXY_CONFIG`, which wins field by field. Its fields `proxyAdminPort`, `statsPort`, `concurrency` and `discoveryAddress` are listed above; `proxyMetadata` is a map from string to string.", vars: []variable{
+	{name: "PROXY_CONFIG", typ: "YAML or JSON", bulky: true, doc: "ProxyConfig as text; empty = none.", set: check(text)},
+	{name: "ISTIO_META_*", prefix: true, typ: "string", doc: "Metadata, without the prefix. It wins over `proxyMetadata`.", set: check(text)},
+	{name: "ISTIO_METAJSON_*", prefix: true, bulky: true, typ: "JSON", doc: "Metadata of the xDS node. What is not JSON is skipped with a warning.", since: laterXDS, set: setMetadataJSON},
+	{name: "ISTIO_META_ISTIO_VERSION", meta: "ISTIO_VERSION", typ: "string", def: "unknown", doc: "The tag label of `istio_build`.",
+		set: to(text, func(c *Config) *string { return &c.Metrics.BuildTag })},
+	{name: "KUBERNETES_SERVICE_HOST", typ: "string", doc: "Its presence decides the default of `CA_ADDRESS`.", set: check(text)},
+}}

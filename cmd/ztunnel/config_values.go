@@ -1,0 +1,241 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/big"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+)
+
+// parseBool takes exactly "true" and "false".
+func parseBool(s string) (bool, error) {
+	switch s {
+	case "true":
+		return true, nil
+	case "false":
+		return false, nil
+	}
+	return false, errors.New("must be true or false")
+}
+
+// parseUint takes a decimal number from lo to hi.
+func parseUint(s string, lo, hi uint64) (uint64, error) {
+	n, err := strconv.ParseUint(s, 10, 64)
+	if err != nil || n < lo || n > hi {
+		return 0, fmt.Errorf("must be a whole number from %d to %d", lo, hi)
+	}
+	return n, nil
+}
+
+// durationUnits maps the unit names to nanoseconds. Names are compared in lower
+// case.
+var durationUnits = map[string]int64{
+	"y": 365 * day, "year": 365 * day, "years": 365 * day,
+	"mon": 30 * day, "month": 30 * day, "months": 30 * day,
+	"w": 7 * day, "week": 7 * day, "weeks": 7 * day,
+	"d": day, "day": day, "days": day,
+	"h": int64(time.Hour), "hr": int64(time.Hour), "hour": int64(time.Hour), "hours": int64(time.Hour),
+	"m": int64(time.Minute), "min": int64(time.Minute), "minute": int64(time.Minute), "minutes": int64(time.Minute),
+	"": int64(time.Second), "s": int64(time.Second), "sec": int64(time.Second), "second": int64(time.Second), "seconds": int64(time.Second),
+	"ms": int64(time.Millisecond), "msec": int64(time.Millisecond), "millisecond": int64(time.Millisecond), "milliseconds": int64(time.Millisecond),
+	"us": int64(time.Microsecond), "µs": int64(time.Microsecond), "μs": int64(time.Microsecond), "usec": int64(time.Microsecond),
+	"microsecond": int64(time.Microsecond), "microseconds": int64(time.Microsecond),
+	"ns": 1, "nsec": 1, "nanosecond": 1, "nanoseconds": 1,
+}
+
+const day = int64(24 * time.Hour)
+
+// parseDuration implements the grammar of spec §5.5: terms <digits>[unit] that
+// are added, by "+" or side by side, or all multiplied by "*". A missing unit
+// means seconds; a product is taken in seconds, so that "1m*10" is ten minutes.
+func parseDuration(s string) (time.Duration, error) {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsSpace(r) {
+			return -1
+		}
+		return r
+	}, s)
+	if s == "" {
+		return 0, errors.New("Empty input") //nolint:staticcheck // the text that operators know
+	}
+	var total *big.Int
+	var used rune // the operator of this sum or product
+	for first := true; s != ""; first = false {
+		op := '+'
+		if s[0] == '+' || s[0] == '*' {
+			if first {
+				return 0, fmt.Errorf("starts with %q: want a number and a unit, as in 5s", s[:1])
+			}
+			op, s = rune(s[0]), s[1:]
+		}
+		if !first {
+			if used != 0 && used != op {
+				return 0, errors.New("+ and * cannot be mixed")
+			}
+			used = op
+		}
+		term, rest, err := durationTerm(s)
+		if err != nil {
+			return 0, err
+		}
+		s = rest
+		switch {
+		case total == nil:
+			total = term
+		case op == '*':
+			total.Mul(total, term).Quo(total, big.NewInt(int64(time.Second)))
+		default:
+			total.Add(total, term)
+		}
+		if total.BitLen() > 256 {
+			return 0, errDurationRange
+		}
+	}
+	if !total.IsInt64() {
+		return 0, errDurationRange
+	}
+	return time.Duration(total.Int64()), nil
+}
+
+var errDurationRange = fmt.Errorf("duration overflows: at most %s", time.Duration(math.MaxInt64).Truncate(time.Hour))
+
+// durationTerm reads one <digits>[unit] from the front of s.
+func durationTerm(s string) (term *big.Int, rest string, err error) {
+	digits := strings.IndexFunc(s, func(r rune) bool { return r < '0' || r > '9' })
+	if digits < 0 {
+		digits = len(s)
+	}
+	if digits == 0 || digits > 20 {
+		return nil, "", fmt.Errorf("%q: want a number and a unit, as in 5s", s)
+	}
+	n, _ := new(big.Int).SetString(s[:digits], 10)
+	s = s[digits:]
+	end := strings.IndexFunc(s, func(r rune) bool { return !unicode.IsLetter(r) })
+	if end < 0 {
+		end = len(s)
+	}
+	unit, ok := durationUnits[strings.ToLower(s[:end])]
+	if !ok {
+		return nil, "", fmt.Errorf("unknown unit %q: want y, mon, w, d, h, m, s, ms, us or ns", s[:end])
+	}
+	return n.Mul(n, big.NewInt(unit)), s[end:], nil
+}
+
+// parseCPU takes a Kubernetes CPU quantity and rounds it up to whole CPUs.
+func parseCPU(s string) (int, error) {
+	number, div := s, 1.0
+	if n, ok := strings.CutSuffix(s, "m"); ok {
+		number, div = n, 1000
+	}
+	f, err := strconv.ParseFloat(number, 64)
+	if err != nil || math.IsNaN(f) || math.IsInf(f, 0) || f <= 0 || f > 1e9 {
+		return 0, errors.New("must be a positive CPU quantity")
+	}
+	return int(math.Ceil(f / div)), nil
+}
+
+// memoryUnits are the suffixes of Kubernetes memory quantities.
+var memoryUnits = []struct {
+	suffix string
+	bytes  uint64
+}{
+	{"Ki", 1 << 10}, {"Mi", 1 << 20}, {"Gi", 1 << 30}, {"Ti", 1 << 40},
+	{"k", 1e3}, {"M", 1e6}, {"G", 1e9}, {"T", 1e12}, {"", 1},
+}
+
+// parseMemory takes a Kubernetes memory quantity in whole units.
+func parseMemory(s string) (uint64, error) {
+	for _, u := range memoryUnits {
+		number, ok := strings.CutSuffix(s, u.suffix)
+		if !ok {
+			continue
+		}
+		n, err := strconv.ParseUint(number, 10, 64)
+		if err != nil || n == 0 || n > math.MaxInt64/u.bytes {
+			break
+		}
+		return n * u.bytes, nil
+	}
+	return 0, errors.New("must be a positive memory quantity: bytes, or with Ki, Mi, Gi, Ti, k, M, G, T")
+}
+
+// parseThreads implements ZTUNNEL_WORKER_THREADS: 0 = cpus, n, or a percentage
+// of cpus.
+func parseThreads(s string, cpus int) (int, error) {
+	if p, ok := strings.CutSuffix(s, "%"); ok {
+		f, err := strconv.ParseFloat(p, 64)
+		if err != nil {
+			return 0, fmt.Errorf("invalid percentage: %q", p)
+		}
+		if math.IsNaN(f) || f <= 0 || f > 100 {
+			return 0, errors.New("percentage must be between 0 and 100")
+		}
+		return max(1, int(math.Ceil(float64(cpus)*f/100))), nil
+	}
+	n, err := strconv.ParseUint(s, 10, 16)
+	if err != nil {
+		return 0, fmt.Errorf("invalid number: %q: want 0 to 65535 or a percentage", s)
+	}
+	if n == 0 {
+		return max(1, cpus), nil
+	}
+	return int(n), nil
+}
+
+// parseAddress normalises the URI of a control plane: https is assumed where no
+// scheme stands.
+func parseAddress(s string) (string, error) {
+	if s == "" {
+		return "", nil
+	}
+	if strings.HasPrefix(s, "unix:") {
+		return s, nil
+	}
+	if !strings.Contains(s, "://") {
+		s = "https://" + s
+	}
+	u, err := url.Parse(s)
+	switch {
+	case err != nil:
+		var ue *url.Error
+		if errors.As(err, &ue) {
+			err = ue.Err
+		}
+		return "", fmt.Errorf("invalid uri: %w", err)
+	case u.Host == "":
+		return "", errors.New("invalid uri: no host")
+	case u.Scheme != "http" && u.Scheme != "https":
+		return "", fmt.Errorf("invalid uri: scheme %q: want https, http or unix", u.Scheme)
+	}
+	return s, nil
+}
+
+// parseWorkloadInfo splits ns/name/sa; the service account may contain slashes.
+func parseWorkloadInfo(s string) (WorkloadInfo, error) {
+	parts := strings.SplitN(s, "/", 3)
+	if len(parts) != 3 || parts[0] == "" || parts[1] == "" || parts[2] == "" {
+		return WorkloadInfo{}, errors.New("must be namespace/name/service-account")
+	}
+	return WorkloadInfo{Namespace: parts[0], Name: parts[1], ServiceAccount: parts[2]}, nil
+}
+
+// validHeaderName tells whether s may be a gRPC metadata key (an HTTP token in
+// lower case).
+func validHeaderName(s string) bool {
+	return s != "" && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-_.") == ""
+}
+
+// validHeaderValue tells whether s may be sent as a header value.
+func validHeaderValue(s string) bool {
+	for i := range len(s) {
+		if s[i] != '\t' && (s[i] < ' ' || s[i] == 0x7f) {
+			return false
+		}
+	}
+	return true
+}
