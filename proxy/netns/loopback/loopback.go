@@ -1,0 +1,310 @@
+// Package loopback is a network of virtual hosts inside one process: every
+// connection is a real TCP connection over 127.0.0.1, every address that the
+// program sees is virtual, and redirection is played instead of configured. It
+// needs no privileges.
+//
+// A host has two sides. What its application dials is captured, as the rules
+// in a pod do (spec/datapath.md §3.6); what its proxy dials is not:
+//
+//	fabric := loopback.New()
+//	node := fabric.Host(netip.MustParseAddr("10.0.0.1"))
+//	node.Capture(true)
+//	node.Proxy() // the Network of the proxy: listens on 15001, 15006, 15008
+//	node.App()   // the Network of the application
+package loopback
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
+)
+
+// Ports of a proxy (spec/datapath.md §2.1).
+const (
+	outboundPort  = 15001
+	plaintextPort = 15006
+	hbonePort     = 15008
+)
+
+// Fabric is a set of hosts that reach each other, and nothing else. It is safe
+// for concurrent use and holds nothing that has to be closed.
+type Fabric struct {
+	mu      sync.Mutex // guards the fields below and those of all hosts
+	hosts   map[netip.Addr]*Host
+	dials   map[netip.AddrPort]flow           // by real address of the client, until accepted
+	packets map[netip.AddrPort]netip.AddrPort // real address of a UDP socket → virtual
+}
+
+// flow is a connection as the hosts see it.
+type flow struct{ src, local, orig netip.AddrPort }
+
+// New returns a Fabric without hosts.
+func New() *Fabric {
+	return &Fabric{
+		hosts:   make(map[netip.Addr]*Host),
+		dials:   make(map[netip.AddrPort]flow),
+		packets: make(map[netip.AddrPort]netip.AddrPort),
+	}
+}
+
+// Host is one virtual host.
+type Host struct {
+	fabric    *Fabric
+	addr      netip.Addr
+	captured  bool
+	listeners map[netip.AddrPort]netip.AddrPort // virtual → real
+	udp       map[netip.AddrPort]netip.AddrPort
+}
+
+// Host returns the host with address a, which it makes if it is new.
+func (f *Fabric) Host(a netip.Addr) *Host {
+	a = a.Unmap()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	h := f.hosts[a]
+	if h == nil {
+		h = &Host{
+			fabric:    f,
+			addr:      a,
+			listeners: make(map[netip.AddrPort]netip.AddrPort),
+			udp:       make(map[netip.AddrPort]netip.AddrPort),
+		}
+		f.hosts[a] = h
+	}
+	return h
+}
+
+// Addr is the address of the host.
+func (h *Host) Addr() netip.Addr { return h.addr }
+
+// Capture turns redirection on or off: of what the application of h dials to
+// the host's port 15001, of what others dial here, save port 15008, to 15006.
+func (h *Host) Capture(on bool) {
+	h.fabric.mu.Lock()
+	defer h.fabric.mu.Unlock()
+	h.captured = on
+}
+
+// App is the network as the application sees it.
+func (h *Host) App() netns.Network { return side{h, false} }
+
+// Proxy is the network as the proxy sees it, whose packets carry the mark.
+func (h *Host) Proxy() netns.Network { return side{h, true} }
+
+type side struct {
+	*Host
+	proxy bool
+}
+
+var _ netns.Network = side{}
+
+// realIP is where every socket is bound.
+var realIP = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
+// Listen implements netns.Network. A port 0 becomes one that is free on the
+// machine.
+func (s side) Listen(ctx context.Context, addr netip.AddrPort) (netns.Listener, error) {
+	fail := func(err error) error { return fmt.Errorf("failed to bind to address %v: %w", addr, err) }
+	if err := s.check(addr); err != nil {
+		return nil, fail(err)
+	}
+	lc := net.ListenConfig{}
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(ctx, "tcp4", netip.AddrPortFrom(realIP, 0).String())
+	if err != nil {
+		return nil, fail(err)
+	}
+	at := ln.Addr().(*net.TCPAddr).AddrPort()
+	if addr.Port() == 0 {
+		addr = netip.AddrPortFrom(addr.Addr(), at.Port())
+	}
+	if !s.register(s.listeners, addr, at) {
+		return nil, errors.Join(fail(os.NewSyscallError("bind", syscall.EADDRINUSE)), ln.Close())
+	}
+	return &listener{host: s.Host, ln: ln.(*net.TCPListener), addr: addr}, nil
+}
+
+func (h *Host) check(addr netip.AddrPort) error {
+	a := addr.Addr().Unmap()
+	switch {
+	case !a.IsValid():
+		return errors.New("no address")
+	case !a.IsUnspecified() && !a.IsLoopback() && a != h.addr:
+		return os.NewSyscallError("bind", syscall.EADDRNOTAVAIL)
+	}
+	return nil
+}
+
+// register enters a socket into one of the tables of h, unless the virtual
+// address is taken.
+func (h *Host) register(table map[netip.AddrPort]netip.AddrPort, virtual, at netip.AddrPort) bool {
+	virtual = netip.AddrPortFrom(virtual.Addr().Unmap(), virtual.Port())
+	h.fabric.mu.Lock()
+	defer h.fabric.mu.Unlock()
+	for other := range table {
+		if other.Port() == virtual.Port() && (other.Addr() == virtual.Addr() ||
+			other.Addr().IsUnspecified() || virtual.Addr().IsUnspecified()) {
+			return false
+		}
+	}
+	table[virtual] = at
+	return true
+}
+
+func (h *Host) unregister(table map[netip.AddrPort]netip.AddrPort, virtual netip.AddrPort) {
+	h.fabric.mu.Lock()
+	defer h.fabric.mu.Unlock()
+	delete(table, netip.AddrPortFrom(virtual.Addr().Unmap(), virtual.Port()))
+}
+
+// lookup finds the socket behind a virtual address of h.
+func lookup(table map[netip.AddrPort]netip.AddrPort, virtual netip.AddrPort) (at netip.AddrPort, ok bool) {
+	for _, a := range []netip.Addr{virtual.Addr(), netip.IPv6Unspecified(), netip.IPv4Unspecified()} {
+		if at, ok = table[netip.AddrPortFrom(a, virtual.Port())]; ok {
+			return at, true
+		}
+	}
+	return at, false
+}
+
+// Dial implements netns.Network. The client's address is virtual: src, or that
+// of the host.
+func (s side) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (netns.Conn, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
+	at, f, err := s.route(src.Unmap(), dst)
+	if err != nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: err}
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, netns.DefaultConnectTimeout, netns.ErrConnectTimeout)
+	defer cancel()
+	var from netip.AddrPort
+	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		// The acceptor may be faster than our return: it has to know the
+		// connection before it exists.
+		if from, err = bindLoopback(c); err == nil {
+			f.src = netip.AddrPortFrom(f.src.Addr(), from.Port())
+			s.fabric.announce(from, f)
+		}
+		return err
+	}}
+	d.SetMultipathTCP(false)
+	c, err := d.DialContext(ctx, "tcp4", at.String())
+	if err != nil {
+		s.fabric.forget(from)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, err
+	}
+	tcp, err := netns.WrapTCP(c.(*net.TCPConn))
+	if err != nil {
+		s.fabric.forget(from)
+		return nil, errors.Join(err, c.Close())
+	}
+	return &conn{Conn: tcp, local: f.src, remote: dst, orig: f.src}, nil
+}
+
+// route decides where a connection to dst really goes.
+func (s side) route(src netip.Addr, dst netip.AddrPort) (at netip.AddrPort, f flow, err error) {
+	s.fabric.mu.Lock()
+	defer s.fabric.mu.Unlock()
+	self := dst.Addr().IsLoopback() || dst.Addr() == s.addr
+	if !src.IsValid() {
+		src = s.addr
+		if dst.Addr().IsLoopback() {
+			src = dst.Addr()
+		}
+	}
+	f = flow{src: netip.AddrPortFrom(src, 0), local: dst, orig: dst}
+	to := s.Host
+	switch {
+	case self:
+	case s.captured && !s.proxy:
+		f.local = netip.AddrPortFrom(realIP, outboundPort) // as REDIRECT does
+	default:
+		if to = s.fabric.hosts[dst.Addr()]; to == nil {
+			return at, f, os.NewSyscallError("connect", syscall.EHOSTUNREACH)
+		}
+		if to.captured && dst.Port() != hbonePort {
+			f.local = netip.AddrPortFrom(dst.Addr(), plaintextPort)
+		}
+	}
+	at, ok := lookup(to.listeners, f.local)
+	if !ok {
+		return at, f, os.NewSyscallError("connect", syscall.ECONNREFUSED)
+	}
+	return at, f, nil
+}
+
+func (f *Fabric) announce(from netip.AddrPort, fl flow) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.dials[from] = fl
+}
+
+func (f *Fabric) forget(from netip.AddrPort) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.dials, from)
+}
+
+func (f *Fabric) take(from netip.AddrPort) (flow, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	fl, ok := f.dials[from]
+	delete(f.dials, from)
+	return fl, ok
+}
+
+type listener struct {
+	host *Host
+	ln   *net.TCPListener
+	addr netip.AddrPort
+}
+
+var _ netns.Listener = (*listener)(nil)
+
+// Accept implements netns.Listener. Connections from other programs of the
+// machine are closed.
+func (l *listener) Accept() (netns.Conn, error) {
+	for {
+		c, err := l.ln.AcceptTCP()
+		if err != nil {
+			return nil, err
+		}
+		f, ok := l.host.fabric.take(c.RemoteAddr().(*net.TCPAddr).AddrPort())
+		if !ok {
+			_ = c.Close()
+			continue
+		}
+		tcp, err := netns.WrapTCP(c)
+		if err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
+		return &conn{Conn: tcp, local: f.local, remote: f.src, orig: f.orig}, nil
+	}
+}
+
+// Close implements netns.Listener.
+func (l *listener) Close() error {
+	err := l.ln.Close()
+	if err == nil {
+		l.host.unregister(l.host.listeners, l.addr)
+	}
+	return err
+}
+
+func (l *listener) Addr() netip.AddrPort { return l.addr }
+
+// Transparent is true: any source address can be had.
+func (l *listener) Transparent() bool { return true }
