@@ -212,6 +212,9 @@ func (s *Store) Apply(u Update) error {
 	return p.err()
 }
 
+// Check returns the error that Apply would return for u, and changes nothing.
+func (s *Store) Check(u Update) error { return s.prepare(&u).err() }
+
 // Replace puts u in the place of all that the store knows; the fields that
 // remove have no meaning. If any resource is rejected nothing changes.
 func (s *Store) Replace(u Update) error {
