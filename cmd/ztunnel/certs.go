@@ -135,7 +135,6 @@ const defaultAdmin = "localhost:15000"
 func (s *dumpSource) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&s.addr, "admin", "", "admin address (default the proxy of this pod, then "+defaultAdmin+")")
 	cmd.Flags().StringVarP(&s.file, "file", "f", "", "read a saved /config_dump instead")
-	cmd.MarkFlagsMutuallyExclusive("admin", "file")
 }
 
 // read returns the dump. Without a file or an address it asks the abstract unix
@@ -143,6 +142,8 @@ func (s *dumpSource) flags(cmd *cobra.Command) {
 // localhost may be another pod's.
 func (s *dumpSource) read(ctx context.Context, a *app) ([]byte, error) {
 	switch {
+	case s.file != "" && s.addr != "":
+		return nil, usageError{errors.New("--admin and --file exclude each other")}
 	case s.file != "":
 		s.name = s.file
 		return a.readFile(s.file)
