@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"net/url"
 	"slices"
 	"time"
@@ -173,19 +174,20 @@ func (c *CA) Sign(pub crypto.PublicKey, id spiffeid.ID, ttl time.Duration) (*x50
 }
 
 // SignServer makes a certificate for a server of the control plane, which is
-// known by DNS names and IP addresses: those in template, of which nothing else
-// is used.
-func (c *CA) SignServer(pub crypto.PublicKey, template *x509.Certificate) (*x509.Certificate, error) {
-	now := time.Now()
-	return sign(&x509.Certificate{
-		NotBefore:             now.Add(-time.Minute),
+// known by DNS names and addresses.
+func (c *CA) SignServer(pub crypto.PublicKey, names []string, addrs []netip.Addr) (*x509.Certificate, error) {
+	template := &x509.Certificate{
+		NotBefore:             time.Now().Add(-time.Minute),
 		NotAfter:              c.root.NotAfter,
-		DNSNames:              template.DNSNames,
-		IPAddresses:           template.IPAddresses,
+		DNSNames:              names,
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		BasicConstraintsValid: true,
-	}, c.root, pub, c.key)
+	}
+	for _, a := range addrs {
+		template.IPAddresses = append(template.IPAddresses, a.Unmap().AsSlice())
+	}
+	return sign(template, c.root, pub, c.key)
 }
 
 func newRoot(td spiffeid.TrustDomain) (*x509.Certificate, crypto.Signer, error) {
