@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -76,7 +77,7 @@ func (c *batchConn) fill() error {
 	if n > 0 {
 		return nil
 	}
-	if err == io.EOF && c.end > c.start {
+	if errors.Is(err, io.EOF) && c.end > c.start {
 		return io.ErrUnexpectedEOF
 	}
 	return err

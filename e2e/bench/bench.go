@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -119,6 +120,11 @@ func (b *bench) one(ctx context.Context, m measurement, mode string, first bool)
 	}
 	defer s.stop()
 	f, err := m.run(ctx, b, s, m.load)
+	for name, value := range f {
+		if math.IsNaN(value) || math.IsInf(value, 0) {
+			return nil, fmt.Errorf("%s is %v: nothing was done", name, value)
+		}
+	}
 	if err == nil && first && b.options.profile != "" && mode == modeZtunnel {
 		err = b.profileRow(ctx, s, m)
 	}

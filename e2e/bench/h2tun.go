@@ -1,5 +1,7 @@
 //go:build linux
 
+//lint:file-ignore SA1019 this file measures what x/net/http2 costs; the product does not use these types
+
 package main
 
 import (
@@ -27,11 +29,11 @@ const (
 // h2client carries application connections as CONNECT streams of golang.org/x/net/http2 over pooled connections.
 // The Transport and Server types are marked as deprecated upstream; they are measured here, not used by the product.
 type h2client struct {
-	transport *http2.Transport //nolint:staticcheck // see h2client
+	transport *http2.Transport
 	dial      func(ctx context.Context, dst netip.AddrPort) (net.Conn, error)
 
-	mu    sync.Mutex                             //  held while dialling, so that a burst shares one connection
-	conns map[netip.AddrPort][]*http2.ClientConn //nolint:staticcheck // guarded by mu; see h2client
+	mu    sync.Mutex // guards conns; held while dialling, so that a burst shares one connection
+	conns map[netip.AddrPort][]*http2.ClientConn
 }
 
 func newH2Client(r *reference) (*h2client, error) {
@@ -40,7 +42,7 @@ func newH2Client(r *reference) (*h2client, error) {
 		MaxReceiveBufferPerStream:     h2StreamWindow,
 		MaxReadFrameSize:              h2Frame,
 	}}
-	t2, err := http2.ConfigureTransports(t1) //nolint:staticcheck // see h2client
+	t2, err := http2.ConfigureTransports(t1)
 	if err != nil {
 		return nil, fmt.Errorf("configure HTTP/2: %w", err)
 	}
@@ -61,12 +63,12 @@ func newH2Client(r *reference) (*h2client, error) {
 }
 
 // reserve returns a pooled connection with room for one more stream, or a new one.
-func (c *h2client) reserve(ctx context.Context, dst netip.AddrPort) (*http2.ClientConn, error) { //nolint:staticcheck // see h2client
+func (c *h2client) reserve(ctx context.Context, dst netip.AddrPort) (*http2.ClientConn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	alive := c.conns[dst][:0]
 	defer func() { c.conns[dst] = alive }()
-	var found *http2.ClientConn //nolint:staticcheck // see h2client
+	var found *http2.ClientConn
 	for _, conn := range c.conns[dst] {
 		if state := conn.State(); state.Closed || state.Closing {
 			continue
@@ -136,13 +138,13 @@ func (r *reference) serveH2(ctx context.Context, conn *net.TCPConn) {
 	if err := secure.HandshakeContext(ctx); err != nil {
 		return
 	}
-	server := &http2.Server{ //nolint:staticcheck // see h2client
+	server := &http2.Server{
 		MaxReadFrameSize:             h2Frame,
 		MaxUploadBufferPerConnection: h2ConnWindow,
 		MaxUploadBufferPerStream:     h2StreamWindow,
 		MaxConcurrentStreams:         h2Streams,
 	}
-	server.ServeConn(secure, &http2.ServeConnOpts{Context: ctx, Handler: http.HandlerFunc(r.connect)}) //nolint:staticcheck // see h2client
+	server.ServeConn(secure, &http2.ServeConnOpts{Context: ctx, Handler: http.HandlerFunc(r.connect)})
 }
 
 // connect is the inbound half of one h2tun stream. It ends with the application's last byte.

@@ -416,11 +416,12 @@ func (l *loader) stall(ctx context.Context, result *loadResult) error {
 	if result.BesideRate, err = rate(); err != nil {
 		return err
 	}
-	release, err := l.ordered(ctx, 0, []byte{cmdRelease})
-	if err != nil {
-		return nil // no way through: the measured rate has told
+	// Where nothing comes through any more, the measured rate has told, and the application lets go by itself when
+	// the connections end.
+	if release, err := l.ordered(ctx, 0, []byte{cmdRelease}); err == nil {
+		return release.Close()
 	}
-	return release.Close()
+	return nil
 }
 
 // fill writes until conn takes no more and returns how many bytes it took.

@@ -31,10 +31,10 @@ type figures map[string]float64
 // measurement is one row of the plan.
 type measurement struct {
 	id    string
-	group string   // what -only selects; a subject lives as long as one group
+	group string   // what -only selects, beside the id
 	modes []string // in the order of the report
 	show  []string // figures in the order of the report
-	env   []string // further environment of the real binary in this group
+	env   []string // further environment of the real binary
 	load  loadSpec
 	run   func(context.Context, *bench, *subject, loadSpec) (figures, error)
 }
