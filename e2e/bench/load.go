@@ -416,8 +416,7 @@ func (l *loader) stall(ctx context.Context, result *loadResult) error {
 	if result.BesideRate, err = rate(); err != nil {
 		return err
 	}
-	// Where nothing comes through any more, the measured rate has told, and the application lets go by itself when
-	// the connections end.
+	// Where nothing comes through any more, the measured rate has told; the next release frees what stays held.
 	if release, err := l.ordered(ctx, 0, []byte{cmdRelease}); err == nil {
 		return release.Close()
 	}
