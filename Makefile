@@ -17,7 +17,7 @@ CRYPTO_ENV = $(or $(CRYPTO_ENV_$(CRYPTO)),$(error CRYPTO=$(CRYPTO): want std, fi
 
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 REVISION ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
-STATUS   ?= $(shell test -z "$$(git status --porcelain 2>/dev/null)" && echo Clean || echo Modified)
+STATUS   ?= $(shell git diff --quiet HEAD 2>/dev/null && echo Clean || echo Modified)
 ISTIO_VERSION ?= unknown
 LDFLAGS = -s -w -X main.version=$(VERSION) -X main.gitRevision=$(REVISION) -X main.buildStatus=$(STATUS) -X main.istioVersion=$(ISTIO_VERSION)
 IMAGE    ?= ztunnel-go:$(VERSION)

@@ -61,7 +61,8 @@ func parseDuration(s string) (time.Duration, error) {
 		return r
 	}, s)
 	if s == "" {
-		return 0, errors.New("Empty input") //nolint:staticcheck // the text that operators know
+		//lint:ignore ST1005 the text that operators of the reference know
+		return 0, errors.New("Empty input")
 	}
 	var total *big.Int
 	var used rune // the operator of this sum or product

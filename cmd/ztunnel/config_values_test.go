@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -102,7 +103,7 @@ func FuzzConfig(f *testing.F) {
 	f.Fuzz(func(t *testing.T, name, value, mesh string) {
 		c, _, err := Load(with(name+"="+value), files(map[string]string{meshFile: mesh}))
 		if err != nil {
-			if _, ok := err.(*ConfigError); !ok || exitCode(err) != exitUsage {
+			if _, ok := errors.AsType[*ConfigError](err); !ok || exitCode(err) != exitUsage {
 				t.Fatalf("got %T, want *ConfigError", err)
 			}
 			return
