@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/ztunnel-go/ztunnel/admin"
 )
 
 // certEntry is one element of certificates in /config_dump.
@@ -152,7 +154,7 @@ func (s *dumpSource) read(ctx context.Context, a *app) ([]byte, error) {
 		return fetchDump(ctx, "tcp", s.addr)
 	}
 	s.name = defaultAdmin
-	if name, err := adminSocket(); err == nil {
+	if name, err := admin.SocketName(); err == nil {
 		b, err := fetchDump(ctx, "unix", name)
 		if err == nil {
 			s.name = name
@@ -176,7 +178,7 @@ func fetchDump(ctx context.Context, network, addr string) ([]byte, error) {
 			return (&net.Dialer{}).DialContext(ctx, network, addr)
 		},
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://ztunnel/config_dump", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://localhost/config_dump", nil)
 	if err != nil {
 		return nil, err
 	}
