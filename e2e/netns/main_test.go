@@ -1,0 +1,166 @@
+//go:build e2e
+
+package netns
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestMain is also the application in the pods: the test binary started with
+// the name of one in appEnv.
+func TestMain(m *testing.M) {
+	if mode := os.Getenv(appEnv); mode != "" {
+		os.Exit(runApp(mode))
+	}
+	if os.Geteuid() == 0 {
+		removeLeftovers()
+	}
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		<-interrupted
+		removeNamespaces(os.Getpid())
+		os.Exit(1)
+	}()
+	code := m.Run()
+	removeNamespaces(os.Getpid())
+	os.Exit(code)
+}
+
+const prefix = "zt-"
+
+// removeLeftovers removes what runs that no longer live have left behind.
+func removeLeftovers() {
+	for _, name := range namespaces() {
+		pid, err := strconv.Atoi(strings.Split(strings.TrimPrefix(name, prefix), "-")[0])
+		if err == nil && errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
+			removeNamespace(name)
+		}
+	}
+}
+
+func removeNamespaces(pid int) {
+	for _, name := range namespaces() {
+		if strings.HasPrefix(name, fmt.Sprintf("%s%d-", prefix, pid)) {
+			removeNamespace(name)
+		}
+	}
+}
+
+func namespaces() []string {
+	entries, err := os.ReadDir("/run/netns")
+	if err != nil {
+		return nil // no namespace was ever made here
+	}
+	var names []string
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), prefix) {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+// removeNamespace ends the processes in a namespace of ours, then the namespace.
+func removeNamespace(name string) {
+	out, _ := exec.Command("ip", "netns", "pids", name).Output()
+	for _, field := range strings.Fields(string(out)) {
+		if pid, err := strconv.Atoi(field); err == nil && pid != os.Getpid() {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+	if out, err := exec.Command("ip", "netns", "del", name).CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "remove namespace %s: %v: %s\n", name, err, out)
+	}
+}
+
+// requireRoot skips without root, except where a skip would hide that the
+// tests never run.
+func requireRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("CI") != "" || os.Getenv("ZTUNNEL_REQUIRE_ROOT") == "1" {
+		t.Fatal("needs root, and CI or ZTUNNEL_REQUIRE_ROOT=1 forbids to skip")
+	}
+	t.Skip("needs root")
+}
+
+// binary finds a program that a variable names.
+func binary(t *testing.T, env string) string {
+	t.Helper()
+	path := os.Getenv(env)
+	if path == "" {
+		t.Fatalf("%s names no binary; use make e2e", env)
+	}
+	if !filepath.IsAbs(path) {
+		path = filepath.Join("..", "..", path)
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("%s: %v", env, err)
+	}
+	return path
+}
+
+// testTime bounds one test with all that it waits for.
+const testTime = 2 * time.Minute
+
+func testContext(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), testTime)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// command runs a program to its end, with input, and returns its output.
+func command(ctx context.Context, input string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.WaitDelay = time.Second
+	cmd.Stdin = strings.NewReader(input)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, stderr.String())
+	}
+	return stdout.String(), nil
+}
+
+// eventually repeats check until it is satisfied; the time between two tries
+// doubles from 10 ms. What it waits for is another process, so there is no
+// event to wait on.
+func eventually(t *testing.T, ctx context.Context, limit time.Duration, check func() error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
+		err := check()
+		if err == nil {
+			return
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			t.Fatalf("after %v: %v", limit, err)
+		}
+	}
+}
