@@ -1,5 +1,7 @@
 package hbone
 
+import "strconv"
+
 // ErrCode is an HTTP/2 error code (RFC 9113 §7).
 type ErrCode uint32
 
@@ -20,3 +22,16 @@ const (
 	ErrInadequateSecurity ErrCode = 0xc
 	ErrHTTP11Required     ErrCode = 0xd
 )
+
+// String is the code's name as RFC 9113 §7 writes it.
+func (e ErrCode) String() string {
+	names := [...]string{
+		"NO_ERROR", "PROTOCOL_ERROR", "INTERNAL_ERROR", "FLOW_CONTROL_ERROR", "SETTINGS_TIMEOUT",
+		"STREAM_CLOSED", "FRAME_SIZE_ERROR", "REFUSED_STREAM", "CANCEL", "COMPRESSION_ERROR",
+		"CONNECT_ERROR", "ENHANCE_YOUR_CALM", "INADEQUATE_SECURITY", "HTTP_1_1_REQUIRED",
+	}
+	if int(e) < len(names) {
+		return names[e]
+	}
+	return "code " + strconv.FormatUint(uint64(e), 10)
+}
