@@ -30,6 +30,8 @@ const (
 	watchPort  = 8082 // reads, and prints how reading ended
 	resetPort  = 8083 // reads a byte, then resets
 	chatPort   = 8084 // returns its input
+	latePort   = 8085 // reads to the end, then returns all
+	earlyPort  = 8086 // says "bye", ends its direction, then reads to the end and prints how much
 )
 
 func runApp(mode string) int {
@@ -49,6 +51,7 @@ func runApp(mode string) int {
 func serveApp() error {
 	for port, serve := range map[int]func(*net.TCPConn){
 		doublePort: doubleEcho, watchPort: watchEnd, resetPort: resetClient, chatPort: echo,
+		latePort: answerLate, earlyPort: endEarly,
 	} {
 		ln, err := net.Listen("tcp4", fmt.Sprintf(":%d", port))
 		if err != nil {
@@ -114,6 +117,20 @@ func resetClient(c *net.TCPConn) {
 	if _, err := c.Read(make([]byte, 1)); err == nil {
 		_ = c.SetLinger(0)
 	}
+}
+
+func answerLate(c *net.TCPConn) {
+	if b, err := io.ReadAll(c); err == nil {
+		_, _ = c.Write(b)
+	}
+}
+
+func endEarly(c *net.TCPConn) {
+	if _, err := c.Write([]byte("bye\n")); err != nil || c.CloseWrite() != nil {
+		return
+	}
+	n, err := io.Copy(io.Discard, c)
+	say(fmt.Sprintf("received %d", n), ending(err))
 }
 
 // ending names how reading a connection ended.

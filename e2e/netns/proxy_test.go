@@ -59,13 +59,10 @@ func (w *world) writeConfig() {
   protocol: %[4]s
   node: %[5]s
   network: ""
-  services: {}
-`, p.name, p.sa, p.addr, protocol, p.node.name)
-		if w.policies != "" {
-			fmt.Fprintf(&b, "  authorizationPolicies: []\n")
-		}
+  services: {%[6]s}
+`, p.name, p.sa, p.addr, protocol, p.node.name, p.services)
 	}
-	b.WriteString("services: []\n")
+	b.WriteString("services: [" + w.services + "]\n")
 	if w.policies == "" {
 		b.WriteString("policies: []\n")
 	} else {
@@ -134,7 +131,8 @@ func (p *pod) startIstiod() []string {
 	if err := os.WriteFile(token, []byte("token"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s := p.start("istiod", nil, fakeIstiod(p.w), "--listen", "127.0.0.1:15012", "--dir", p.w.caDir(), "--root-out", root)
+	s := p.start("istiod", nil, fakeIstiod(p.w), "--listen", "127.0.0.1:15012", "--dir", p.w.caDir(), "--root-out", root,
+		"--default-identity", p.identity()) // a dedicated proxy asks for its own
 	if _, err := s.find(p.w.ctx, 20*time.Second, func(line string) bool { return strings.Contains(line, "127.0.0.1:15012") }); err != nil {
 		t.Fatalf("fakeistiod prints no address: %v", err)
 	}

@@ -30,7 +30,8 @@ type world struct {
 	nodes []*node
 	pods  []*pod
 
-	policies string // YAML list items of the local configuration
+	policies string // YAML list items of the local configuration, in block style
+	services string // the same in flow style
 }
 
 type node struct {
@@ -47,6 +48,7 @@ type pod struct {
 	node     *node
 	ns       string
 	addr     netip.Addr
+	services string // YAML flow mapping of the services that the pod serves
 	captured bool
 	net      *netns.Pod // sockets of an application in the pod
 }

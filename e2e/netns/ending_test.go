@@ -1,0 +1,207 @@
+//go:build e2e
+
+package netns
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// captureMatrix are the combinations in which at least one side is captured.
+var captureMatrix = []struct {
+	name string
+	o    pairOptions
+}{
+	{"both", bothCaptured},
+	{"client only", pairOptions{captureClient: true}},
+	{"server only", pairOptions{captureServ: true}},
+}
+
+// Each direction of a connection ends on its own, with the real nc as client.
+func TestHalfClose(t *testing.T) {
+	for _, tc := range captureMatrix {
+		t.Run(tc.name, func(t *testing.T) { newPair(t, tc.o).checkHalfClose() })
+	}
+}
+
+func (p *pair) checkHalfClose() {
+	t := p.t
+	t.Helper()
+	addr := p.server.addr.String()
+	// The client ends first: -N sends FIN at the end of its input. The server
+	// answers after that.
+	input := strings.Repeat("all of this comes back late\n", 10_000)
+	got, err := command(p.ctx, input, p.client.in("nc", "-N", "-w", "10", addr, fmt.Sprint(latePort))...)
+	if err != nil || got != input {
+		t.Errorf("client ends first: got %d bytes, %v, want %d", len(got), err, len(input))
+	}
+	// The server ends first; the client goes on sending once it has seen that.
+	const script = `
+d=$(mktemp -d) && trap 'rm -rf "$d"' EXIT && mkfifo "$d/in" || exit 1
+timeout 20 nc -N -w 10 "$0" "$1" <"$d/in" >"$d/out" &
+exec 3>"$d/in"
+for i in $(seq 400); do grep -q bye "$d/out" && break; sleep 0.05; done
+grep -q bye "$d/out" || { echo "no farewell"; exit 1; }
+printf 0123456789 >&3
+exec 3>&-
+wait $!`
+	if out, err := command(p.ctx, "", p.client.in("sh", "-c", script, addr, fmt.Sprint(earlyPort))...); err != nil {
+		t.Errorf("server ends first: %v %s", err, out)
+	}
+	p.app.expect(p.ctx, fields{"event": "received 10", "end": "FIN"})
+}
+
+// A reset travels in both directions, and is not a clean end (design D6).
+func TestReset(t *testing.T) {
+	for _, tc := range captureMatrix {
+		t.Run(tc.name, func(t *testing.T) { newPair(t, tc.o).checkReset() })
+	}
+}
+
+func (p *pair) checkReset() {
+	t := p.t
+	t.Helper()
+	c := p.dial(watchPort)
+	if _, err := io.WriteString(c, "x"); err != nil {
+		t.Fatal(err)
+	}
+	p.app.expect(p.ctx, fields{"event": "open"})
+	if err := c.Abort(); err != nil {
+		t.Fatal(err)
+	}
+	if p.otherImplemented {
+		p.app.expect(p.ctx, fields{"event": "closed"}) // a peer may make a FIN of it
+	} else {
+		p.app.expect(p.ctx, fields{"event": "closed", "end": "RST"})
+	}
+
+	c = p.dial(resetPort)
+	if _, err := io.WriteString(c, "x"); err != nil {
+		t.Fatal(err)
+	}
+	_, err := c.Read(make([]byte, 1))
+	if err == nil || !p.otherImplemented && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("server resets: got %v, want %v", err, syscall.ECONNRESET)
+	}
+	if p.otherImplemented {
+		return
+	}
+	for _, s := range []*proxy{p.source, p.dest} {
+		if s == nil {
+			continue
+		}
+		for _, by := range []string{"src", "dst"} {
+			s.expect(p.ctx, fields{"message": "connection complete", "level": "info", "reset": by, "error": ""})
+		}
+	}
+}
+
+// Bulk in both directions, with the real iperf3.
+func TestBulk(t *testing.T) {
+	for _, tc := range captureMatrix {
+		t.Run(tc.name, func(t *testing.T) { newPair(t, tc.o).checkBulk() })
+	}
+}
+
+func (p *pair) checkBulk() {
+	t := p.t
+	t.Helper()
+	for _, direction := range []string{"up", "down"} {
+		srv := p.server.start("iperf3", nil, "iperf3", "-s", "-1", "-p", "5201", "--forceflush")
+		if _, err := srv.find(p.ctx, 10*time.Second, func(line string) bool { return strings.Contains(line, "listening") }); err != nil {
+			t.Fatal(err)
+		}
+		args := []string{"iperf3", "-J", "-t", "1", "-P", "2", "-p", "5201", "-c", p.server.addr.String()}
+		if direction == "down" {
+			args = append(args, "-R")
+		}
+		out, err := command(p.ctx, "", p.client.in(args...)...)
+		if err != nil {
+			t.Fatalf("%s: %v: %s", direction, err, out)
+		}
+		var report struct {
+			End struct {
+				Received struct {
+					Bytes float64 `json:"bytes"`
+					Rate  float64 `json:"bits_per_second"`
+				} `json:"sum_received"`
+			} `json:"end"`
+		}
+		if err := json.Unmarshal([]byte(out), &report); err != nil {
+			t.Fatal(err)
+		}
+		if report.End.Received.Bytes < 10<<20 {
+			t.Errorf("%s: received %v bytes, want at least 10 MiB", direction, report.End.Received.Bytes)
+		}
+		t.Logf("%s: %.2f Gbit/s", direction, report.End.Received.Rate/1e9)
+		srv.wait(10 * time.Second)
+	}
+}
+
+// N-17: an established connection survives the shutdown of either proxy, new
+// ones fail, and the proxy ends when the connection does.
+func TestDP_N17_Shutdown(t *testing.T) {
+	for _, side := range []string{"source", "destination"} {
+		t.Run(side, func(t *testing.T) {
+			p := newPair(t, bothCaptured)
+			c := p.dial(chatPort)
+			if err := exchange(c, "before", "before"); err != nil {
+				t.Fatal(err)
+			}
+			s := p.dest
+			if side == "source" {
+				s = p.source
+			}
+			s.terminate()
+			eventually(t, p.ctx, 4*time.Second, func() error {
+				fresh, err := p.client.net.Dial(p.ctx, netip.Addr{}, p.server.at(chatPort))
+				if err != nil {
+					return nil
+				}
+				defer fresh.Close()
+				_ = fresh.SetDeadline(time.Now().Add(time.Second))
+				if err := exchange(fresh, "new", "new"); err != nil {
+					return nil
+				}
+				return errors.New("new connections still work")
+			})
+			if err := exchange(c, "after", "after"); err != nil {
+				t.Errorf("established connection: %v", err)
+			}
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if code := s.wait(5 * time.Second); code != 0 {
+				t.Errorf("exit code %d, want 0", code)
+			}
+		})
+	}
+}
+
+// What still runs at the deadline is cut, and the proxy ends all the same.
+func TestDrainDeadline(t *testing.T) {
+	o := bothCaptured
+	o.dest.env = []string{"CONNECTION_TERMINATION_DEADLINE=2s"}
+	p := newPair(t, o)
+	c := p.dial(chatPort)
+	if err := exchange(c, "before", "before"); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	p.dest.terminate()
+	_, err := c.Read(make([]byte, 1))
+	if took := time.Since(start); err == nil || took < 1900*time.Millisecond || took > 8*time.Second {
+		t.Errorf("cut after %v with %v, want 2 s", took, err)
+	}
+	if code := p.dest.wait(5 * time.Second); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	p.dest.expect(p.ctx, fields{"message": "connection complete", "error": "connection closed due to connection drain"})
+}

@@ -1,0 +1,200 @@
+//go:build e2e
+
+package netns
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const denyChat = `- name: deny-chat
+  namespace: default
+  scope: Namespace
+  action: Deny
+  dryRun: false
+  rules:
+  - - - destinationPorts: [8084]
+`
+
+// A policy that comes while a connection is open ends it with a reset; new ones
+// get 401 until the policy is gone.
+func TestPolicyChange(t *testing.T) {
+	p := newPair(t, bothCaptured)
+	c := p.dial(chatPort)
+	if err := exchange(c, "before", "before"); err != nil {
+		t.Fatal(err)
+	}
+	p.policies = denyChat
+	p.writeConfig()
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("open connection: got %v, want %v", err, syscall.ECONNRESET)
+	}
+	p.dest.expect(p.ctx, fields{"message": "connection complete", "direction": "inbound", "error": "connection closed due to policy change"})
+
+	c = p.dial(chatPort)
+	if err := exchange(c, "denied", "denied"); err == nil {
+		t.Error("a denied connection works")
+	}
+	p.dest.expect(p.ctx, fields{
+		"message": "connection complete", "direction": "inbound",
+		"error": "connection closed due to policy rejection: explicitly denied by: default/deny-chat",
+	})
+	p.source.expect(p.ctx, fields{"message": "connection complete", "direction": "outbound", "error": "http status: 401 Unauthorized"})
+	// Another port is not meant.
+	if c := p.dial(doublePort); exchange(c, greeting, greeting+greeting) != nil {
+		t.Error("the policy denies another port")
+	}
+
+	p.policies = ""
+	p.writeConfig()
+	eventually(t, p.ctx, 10*time.Second, func() error { return exchange(p.dial(chatPort), "again", "again") })
+}
+
+// Policies hold for plaintext too, where the source has no identity.
+func TestPolicyPlaintext(t *testing.T) {
+	p := newPair(t, pairOptions{captureServ: true, policies: denyChat})
+	if err := exchange(p.dial(chatPort), "denied", "denied"); err == nil {
+		t.Error("a denied connection works")
+	}
+	if err := exchange(p.dial(doublePort), greeting, greeting+greeting); err != nil {
+		t.Error(err)
+	}
+	p.dest.expect(p.ctx, fields{
+		"message": "connection complete", "direction": "inbound",
+		"error": "connection closed due to policy rejection: explicitly denied by: default/deny-chat",
+	})
+}
+
+const allowOther = `- name: allow-other
+  namespace: default
+  scope: Namespace
+  action: Allow
+  dryRun: false
+  rules:
+  - - - principals: [!Exact spiffe://cluster.local/ns/default/sa/other]
+`
+
+const strangerID = "spiffe://cluster.local/ns/istio-system/sa/ztunnel"
+
+// N-19: a client made by hand meets an ALLOW policy that is not for it.
+func TestDP_N19_Policy(t *testing.T) {
+	p := newPair(t, pairOptions{captureServ: true, policies: allowOther})
+	expectStatus(t, p.client, p.server, strangerID, p.server.at(chatPort).String(), 401)
+	p.dest.expect(p.ctx, fields{
+		"error":        "connection closed due to policy rejection: allow policies exist, but none allowed",
+		"src.identity": strangerID,
+	})
+	expectStatus(t, p.client, p.server, "spiffe://cluster.local/ns/default/sa/other", p.server.at(chatPort).String(), 200)
+}
+
+// N-20: the authority names another pod.
+func TestDP_N20_IPMismatch(t *testing.T) {
+	p := newPair(t, pairOptions{captureServ: true})
+	expectStatus(t, p.client, p.server, strangerID, p.client.at(chatPort).String(), 400)
+	p.dest.expect(p.ctx, fields{"error": fmt.Sprintf("ip mismatch: %v != %v", p.server.addr, p.client.addr)})
+	expectStatus(t, p.client, p.server, strangerID, p.server.at(chatPort).String(), 200)
+}
+
+// N-24: a certificate of another trust domain, though of the same root.
+func TestDP_N24_TrustDomain(t *testing.T) {
+	p := newPair(t, pairOptions{captureServ: true})
+	tun, err := openTunnel(p.client, p.server, "spiffe://other.domain/ns/default/sa/client")
+	if err == nil { // TLS 1.3: the client is done before the server has judged
+		var status int
+		if status, err = tun.connect(p.server.at(chatPort).String()); err == nil {
+			t.Errorf("got status %d, want a refused handshake", status)
+		}
+	}
+	if err != nil && !strings.Contains(err.Error(), "tls:") && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
+		t.Errorf("got %v, want a TLS alert or a reset", err)
+	}
+}
+
+// faults rows 84 to 87: what a peer with a valid certificate may not reach.
+func TestFault84_87_ForbiddenAuthorities(t *testing.T) {
+	p := newPair(t, pairOptions{captureServ: true})
+	for _, host := range []string{
+		"127.0.0.1", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", "127.0.0.53",
+		"169.254.169.254", "[fe80::1]", "[fd00:ec2::254]", "172.172.0.2", "10.0.2.1", "10.96.0.1",
+		"224.0.0.1", "255.255.255.255", "240.0.0.1", p.client.addr.String(),
+	} {
+		for _, port := range []int{chatPort, 15000} {
+			expectStatus(t, p.client, p.server, strangerID, fmt.Sprintf("%s:%d", host, port), 400)
+		}
+	}
+	// Ports of the proxy itself are refused before connecting, what listens on
+	// 127.0.0.1 only is refused by the kernel.
+	for _, port := range []uint16{15001, 15006, 15008, 15000, 15053, 15080} {
+		expectStatus(t, p.client, p.server, strangerID, p.server.at(port).String(), 503)
+	}
+}
+
+// N-23 in dedicated mode, where a proxy and its ports are in the pod itself.
+// C = connecting fails, R = connects but nothing comes back, H = an HTTP server
+// answers 400 to nonsense.
+func TestDP_N23_MaliciousCalls(t *testing.T) {
+	w := newWorld(t)
+	captured, other, plain := w.addPod("captured", 1), w.addPod("other", 2), w.addPod("plain", 1)
+	for _, p := range []*pod{captured, other} {
+		p.redirect()
+	}
+	w.writeConfig()
+	for _, p := range []*pod{captured, other} {
+		p.startProxy(proxyOptions{})
+	}
+	ports := []uint16{15001, 15006, 15008, 15080, 15000, 15020, 15021}
+	for _, row := range []struct {
+		name string
+		from *pod
+		to   netip.Addr
+		want string // one letter per port
+	}{
+		{"captured pod to itself", captured, captured.addr, "RRRCCHH"},
+		{"captured pod to 127.0.0.1", captured, netip.MustParseAddr("127.0.0.1"), "RRRCHHH"},
+		{"captured pod to another captured pod", captured, other.addr, "RRRRRHH"},
+		{"uncaptured pod to captured pod", plain, captured.addr, "RRRRRHH"},
+		{"captured pod to uncaptured pod", captured, plain.addr, "RRRRRRR"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			got := make([]byte, len(ports))
+			var wg sync.WaitGroup
+			for i, port := range ports {
+				wg.Go(func() { got[i] = row.from.probe(netip.AddrPortFrom(row.to, port)) })
+			}
+			wg.Wait()
+			for i, port := range ports {
+				if got[i] != row.want[i] {
+					t.Errorf("port %d: got %c, want %c", port, got[i], row.want[i])
+				}
+			}
+		})
+	}
+}
+
+func (p *pod) probe(dst netip.AddrPort) byte {
+	c, err := p.net.Dial(p.w.ctx, netip.Addr{}, dst)
+	if err != nil {
+		return 'C'
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.WriteString(c, "nonsense\r\n\r\n"); err != nil {
+		return 'R'
+	}
+	buf := make([]byte, 16)
+	n, _ := io.ReadFull(c, buf)
+	if strings.HasPrefix(string(buf[:n]), "HTTP/1.1 400") {
+		return 'H'
+	}
+	if n > 0 && buf[0] != 0x15 { // a TLS alert is a refusal
+		return '?'
+	}
+	return 'R'
+}
