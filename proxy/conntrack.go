@@ -1,0 +1,173 @@
+package proxy
+
+import (
+	"cmp"
+	"context"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/state"
+)
+
+// conntrack knows the open connections of one proxy: for the dump, and to end
+// those that a new policy denies.
+type conntrack struct {
+	mu       sync.Mutex // guards inbound, outbound
+	inbound  map[inboundKey]*tracked
+	outbound map[OutboundConnection]int // users: identical tuples share one entry
+}
+
+// inboundKey is what a policy can tell apart, with the host that the client
+// asked for (spec/datapath.md §12.1).
+type inboundKey struct {
+	src, dst netip.AddrPort
+	identity spiffeid.ID
+	host     string
+}
+
+// tracked is one entry. Connections with the same key share it and its verdict.
+type tracked struct {
+	conn  state.Conn
+	users map[*inboundUser]struct{}
+}
+
+// inboundUser is one connection's hold on its entry.
+type inboundUser struct {
+	end  context.CancelCauseFunc
+	done chan struct{} // closed by release
+}
+
+func newConntrack() *conntrack {
+	return &conntrack{inbound: map[inboundKey]*tracked{}, outbound: map[OutboundConnection]int{}}
+}
+
+// trackInbound registers a connection. It must be called before the policies
+// are asked, so that a change between the two is not lost. The returned context
+// ends with ErrPolicyChanged when a later policy denies the connection; release
+// must be called, and may be called twice.
+func (t *conntrack) trackInbound(ctx context.Context, conn state.Conn, host string) (context.Context, func()) {
+	ctx, end := context.WithCancelCause(ctx)
+	key := inboundKey{conn.Src, conn.Dst, conn.Identity, host}
+	user := &inboundUser{end: end, done: make(chan struct{})}
+	t.mu.Lock()
+	entry := t.inbound[key]
+	if entry == nil {
+		entry = &tracked{conn: conn, users: map[*inboundUser]struct{}{}}
+		t.inbound[key] = entry
+	}
+	entry.users[user] = struct{}{}
+	t.mu.Unlock()
+
+	return ctx, sync.OnceFunc(func() {
+		t.mu.Lock()
+		delete(entry.users, user)
+		if len(entry.users) == 0 && t.inbound[key] == entry {
+			delete(t.inbound, key)
+		}
+		t.mu.Unlock()
+		end(nil)
+		close(user.done)
+	})
+}
+
+// trackOutbound registers a connection for the dump.
+func (t *conntrack) trackOutbound(c OutboundConnection) (release func()) {
+	t.mu.Lock()
+	t.outbound[c]++
+	t.mu.Unlock()
+	return sync.OnceFunc(func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.outbound[c]--; t.outbound[c] == 0 {
+			delete(t.outbound, c)
+		}
+	})
+}
+
+// recheck asks denied about every tracked inbound connection and ends those for
+// which it is true, with ErrPolicyChanged. It returns the ended ones, and a
+// function that waits until their users have let go.
+func (t *conntrack) recheck(denied func(state.Conn) bool) (ended []state.Conn, wait func(context.Context)) {
+	type candidate struct {
+		conn  state.Conn
+		entry *tracked
+	}
+	t.mu.Lock()
+	all := make([]candidate, 0, len(t.inbound))
+	for _, entry := range t.inbound {
+		all = append(all, candidate{entry.conn, entry})
+	}
+	t.mu.Unlock()
+
+	var users []*inboundUser
+	for _, c := range all {
+		if !denied(c.conn) { // not under the lock: it evaluates policies
+			continue
+		}
+		ended = append(ended, c.conn)
+		t.mu.Lock()
+		for user := range c.entry.users {
+			user.end(ErrPolicyChanged)
+			users = append(users, user)
+		}
+		t.mu.Unlock()
+	}
+	return ended, func(ctx context.Context) {
+		for _, user := range users {
+			select {
+			case <-user.done:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// InboundConnection is one line of the dump. Identical ones are one entry.
+type InboundConnection struct {
+	Src       netip.AddrPort
+	ActualDst netip.AddrPort
+	Host      string // the requested host, "" if the client named none
+	Protocol  state.Protocol
+}
+
+// OutboundConnection is one line of the dump.
+type OutboundConnection struct {
+	Src, OriginalDst, ActualDst netip.AddrPort
+	Protocol                    state.Protocol
+}
+
+// Connections is a snapshot of the open connections, sorted by source.
+type Connections struct {
+	Inbound  []InboundConnection
+	Outbound []OutboundConnection
+}
+
+func (t *conntrack) snapshot() Connections {
+	t.mu.Lock()
+	c := Connections{
+		Inbound:  make([]InboundConnection, 0, len(t.inbound)),
+		Outbound: make([]OutboundConnection, 0, len(t.outbound)),
+	}
+	for key := range t.inbound {
+		protocol := state.TCP
+		if !key.identity.IsZero() {
+			protocol = state.HBONE
+		}
+		c.Inbound = append(c.Inbound, InboundConnection{key.src, key.dst, key.host, protocol})
+	}
+	for out := range t.outbound {
+		c.Outbound = append(c.Outbound, out)
+	}
+	t.mu.Unlock()
+	slices.SortFunc(c.Inbound, func(a, b InboundConnection) int {
+		return cmp.Or(a.Src.Compare(b.Src), a.ActualDst.Compare(b.ActualDst), cmp.Compare(a.Host, b.Host))
+	})
+	slices.SortFunc(c.Outbound, func(a, b OutboundConnection) int {
+		return cmp.Or(a.Src.Compare(b.Src), a.OriginalDst.Compare(b.OriginalDst), a.ActualDst.Compare(b.ActualDst))
+	})
+	return c
+}

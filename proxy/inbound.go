@@ -1,0 +1,267 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/proxy/hbone"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
+	"github.com/ztunnel-go/ztunnel/state"
+)
+
+// inboundTunnel serves the requests of one accepted HBONE connection.
+type inboundTunnel struct {
+	p        *Proxy
+	src, dst netip.AddrPort
+	peer     func(tls.ConnectionState) (spiffeid.ID, error) // ca.PeerID, once
+}
+
+// serveInbound runs one HBONE connection (spec/datapath.md §6.1).
+func (p *Proxy) serveInbound(ctx context.Context, conn netns.Conn) {
+	defer p.cfg.Metrics.socket(reporterDestination)()
+	t := &inboundTunnel{p: p, src: conn.Remote(), dst: conn.Local(), peer: peerOnce()}
+
+	handshake := p.newHandshake()
+	defer handshake.done()
+	err := p.server.ServeConn(ctx, conn, handshake.config, t.serve)
+
+	var tlsErr *hbone.HandshakeError
+	var identity *identityError
+	switch {
+	case errors.As(err, &identity):
+		p.earlyDeny(ctx, reporterDestination, rejectCertificate, t.src, t.dst, fmt.Errorf("signing error: %w", identity.err))
+	case errors.As(err, &tlsErr):
+		p.earlyDeny(ctx, reporterDestination, rejectTLS, t.src, t.dst, fmt.Errorf("tls handshake error: %w", tlsErr.Err))
+	case err != nil:
+		p.log.DebugContext(ctx, "tunnel ended", "src.addr", t.src, "error", err.Error())
+	}
+}
+
+// peerOnce caches the peer's identity: it is a fact of the tunnel.
+func peerOnce() func(tls.ConnectionState) (spiffeid.ID, error) {
+	var (
+		once sync.Once
+		id   spiffeid.ID
+		err  error
+	)
+	return func(cs tls.ConnectionState) (spiffeid.ID, error) {
+		once.Do(func() { id, err = ca.PeerID(cs) })
+		return id, err
+	}
+}
+
+// handshake holds one of the places for concurrent handshakes: without a cap, a
+// flood of them would take the processors from the tunnels that are up.
+type handshake struct {
+	p       *Proxy
+	release func()
+}
+
+func (p *Proxy) newHandshake() *handshake { return &handshake{p: p} }
+
+// config waits for a place and a certificate. The place is free again when the
+// peer was verified, which ends the costly part, or when the connection ends.
+func (h *handshake) config(ctx context.Context) (*tls.Config, error) {
+	select {
+	case h.p.handshakes <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for one of %d concurrent handshakes: %w", cap(h.p.handshakes), context.Cause(ctx))
+	}
+	h.release = sync.OnceFunc(func() { <-h.p.handshakes })
+	local, err := h.p.localWorkload(ctx)
+	if err != nil {
+		return nil, err
+	}
+	svid, err := h.p.svid(ctx, local)
+	if err != nil {
+		return nil, err
+	}
+	config := ca.ServerTLS(svid, h.p.cfg.TLS).Clone()
+	verify := config.VerifyConnection
+	config.VerifyConnection = func(cs tls.ConnectionState) error {
+		defer h.release()
+		return verify(cs)
+	}
+	return config, nil
+}
+
+func (h *handshake) done() {
+	if h.release != nil {
+		h.release()
+	}
+}
+
+// refusal is a request that ends before it is opened: a status and one log line.
+type refusal struct {
+	status int
+	why    string
+	err    error
+}
+
+// inboundRequest is a request that has passed the checks.
+type inboundRequest struct {
+	identity  spiffeid.ID
+	local     *state.Workload
+	authority string
+	route     state.InboundRoute
+	host      string // of the forwarded header
+}
+
+// serve runs one CONNECT request through the checks of spec/datapath.md §6.2, in
+// their order.
+func (t *inboundTunnel) serve(ctx context.Context, r *hbone.Request) {
+	start := time.Now()
+	p := t.p
+	in, refused := t.check(ctx, r)
+	if refused != nil {
+		p.earlyDeny(ctx, reporterDestination, refused.why, t.src, t.dst, refused.err)
+		body := ""
+		if r.Method != http.MethodConnect {
+			body = "CONNECT only\n" // design D20
+		}
+		_ = r.Reject(refused.status, body)
+		return
+	}
+	c := t.connection(r, in)
+	c.open(ctx, p.cfg.Metrics, p.access, start)
+	c.end(ctx, t.carry(ctx, r, in, c))
+}
+
+// check makes checks 1 to 5: nothing is counted before they have passed.
+func (t *inboundTunnel) check(ctx context.Context, r *hbone.Request) (inboundRequest, *refusal) {
+	p := t.p
+	if r.Method != http.MethodConnect {
+		return inboundRequest{}, &refusal{http.StatusBadRequest, rejectMethod, fmt.Errorf("expected method CONNECT, got %s", clip(r.Method, 20))}
+	}
+	a, err := parseAuthority(r.Authority)
+	if err != nil {
+		return inboundRequest{}, &refusal{http.StatusBadRequest, rejectAuthority, err}
+	}
+	identity, err := t.peer(r.Conn.TLS)
+	if err != nil {
+		// The handshake has verified it; without an identity nothing is served.
+		return inboundRequest{}, &refusal{http.StatusUnauthorized, rejectIdentity, fmt.Errorf("peer identity: %w", err)}
+	}
+	local, err := p.localWorkload(ctx)
+	if err != nil {
+		return inboundRequest{}, &refusal{http.StatusServiceUnavailable, rejectUnknownWorkload, err}
+	}
+	host := forwardedHost(r.Fields)
+	route, err := p.cfg.Store.Inbound(state.InboundQuery{
+		Local: local, ConnDst: t.dst, Addr: a.Addr, Host: a.Host, Port: a.Port, ForwardedHost: host,
+	})
+	switch {
+	case errors.Is(err, state.ErrIPMismatch):
+		return inboundRequest{}, &refusal{http.StatusBadRequest, rejectDestination, err}
+	case err != nil:
+		return inboundRequest{}, &refusal{http.StatusServiceUnavailable, rejectRoute, err}
+	case p.illegalPort(route.Upstream.Port()):
+		return inboundRequest{}, &refusal{http.StatusServiceUnavailable, rejectSelfCall, errSelfCall}
+	}
+	return inboundRequest{identity, local, r.Authority, route, host}, nil
+}
+
+// carry makes checks 6 and 7, answers, and copies. It has answered the request
+// when it returns.
+func (t *inboundTunnel) carry(ctx context.Context, r *hbone.Request, in inboundRequest, c *connection) outcome {
+	p := t.p
+	rbac := state.Conn{
+		Src: t.src, Dst: netip.AddrPortFrom(t.dst.Addr(), in.route.Upstream.Port()),
+		Identity: in.identity, Destination: in.local,
+	}
+	ctx, release := p.tracker.trackInbound(ctx, rbac, in.host)
+	defer release()
+	if denied := p.authorize(ctx, rbac); denied != nil {
+		_ = r.Reject(http.StatusUnauthorized, "")
+		return outcome{err: denied}
+	}
+	src := netip.Addr{}
+	if p.inbound.Transparent() {
+		src = t.src.Addr()
+	}
+	conn, err := p.cfg.Network.Dial(ctx, src, in.route.Upstream)
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		_ = r.Reject(http.StatusServiceUnavailable, "")
+		return outcome{err: &upstreamError{err}}
+	}
+	var fields []hbone.Field
+	if p.cfg.ResponseBaggage {
+		fields = []hbone.Field{{Name: fieldBaggage, Value: p.factsOf(in.local).baggage}}
+	}
+	stream, err := r.Accept(fields...)
+	if err != nil {
+		_ = conn.Abort() // the client has given up; the application must not take it for a clean end
+		return outcome{err: directionError{"receive", err}}
+	}
+	result := stream.Pipe(ctx, conn, &hbone.Meter{FromSocket: c.sentBytes(), ToSocket: c.receivedBytes()})
+	return outcomeOf(result, false)
+}
+
+// authorize asks the policies and logs what they said.
+func (p *Proxy) authorize(ctx context.Context, c state.Conn) error {
+	verdict := p.cfg.Store.Authorize(c)
+	level := slog.LevelDebug
+	if p.cfg.PolicyInfoLogging {
+		level = slog.LevelInfo
+	}
+	if p.rbac.Enabled(ctx, level) {
+		for _, e := range verdict.Events {
+			p.rbac.LogAttrs(ctx, level, e.Message, slog.String("policy", e.Policy))
+		}
+	}
+	for _, policy := range verdict.Missing {
+		p.missingPolicy(ctx, policy)
+	}
+	if verdict.Denied == nil {
+		return nil
+	}
+	return verdict.Denied
+}
+
+// connection is the telemetry of one inbound request (spec/datapath.md §6.3).
+func (t *inboundTunnel) connection(r *hbone.Request, in inboundRequest) *connection {
+	p := t.p
+	c := &connection{
+		reporter: reporterDestination, src: t.src, dst: t.dst, hboneAuthority: in.authority,
+		destination: partyOf(in.local), service: in.route.Service, mutualTLS: true,
+	}
+	if p.cfg.ResponseBaggage {
+		if told, ok := parseBaggage(r.Fields); ok {
+			c.source = partyFrom(told)
+		}
+	}
+	// What the store knows of the client's address outweighs what the client
+	// says of itself, unless a gateway stands between us.
+	network, fromGateway := fieldValue(r.Fields, fieldForwardedNetwork)
+	if !fromGateway || strings.EqualFold(network, p.cfg.NetworkID) {
+		if w, ok := p.cfg.Store.Workload(p.cfg.NetworkID, t.src.Addr()); ok {
+			c.source = partyOf(w)
+		}
+	}
+	c.source.principal = in.identity.String()
+	c.destination.principal = in.local.Identity.String()
+	return c
+}
+
+// missingPolicy reports a policy that the workload names and nobody has sent:
+// every time as a count, once per name in the log (design D7).
+func (p *Proxy) missingPolicy(ctx context.Context, policy string) {
+	p.cfg.Metrics.missing.WithLabelValues().Inc()
+	if _, seen := p.missing.LoadOrStore(policy, struct{}{}); !seen {
+		p.rbac.WarnContext(ctx, "skipping unknown policy", "policy", policy)
+	}
+}

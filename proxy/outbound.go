@@ -1,0 +1,265 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/proxy/hbone"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
+	"github.com/ztunnel-go/ztunnel/state"
+)
+
+// poolKey says which connections may share an outbound tunnel: the same client
+// address and identity, the same destination, the same expectation of who that
+// is, and the same trust (spec/datapath.md §9.1, design D9).
+type poolKey struct {
+	source   spiffeid.ID
+	sourceIP netip.Addr
+	dst      netip.AddrPort
+	expected string // the accepted identities, comma-joined, in the route's order
+	uid      string // of the destination workload
+	epoch    ca.Epoch
+}
+
+// localFacts are what every request of one local workload carries.
+type localFacts struct {
+	workload *state.Workload
+	baggage  string
+}
+
+// upstream is a connected next hop: exactly one field is set.
+type upstream struct {
+	stream hbone.Stream
+	conn   netns.Conn
+}
+
+// serveOutbound carries one captured connection (spec/datapath.md §4).
+func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) {
+	start := time.Now()
+	defer p.cfg.Metrics.socket(reporterSource)()
+	src := conn.Remote()
+	dst, err := conn.OriginalDst()
+	if err != nil {
+		p.log.DebugContext(ctx, "no original destination", "src.addr", src, "error", err.Error())
+		dst = conn.Local()
+	}
+	deny := func(why string, err error) {
+		p.earlyDeny(ctx, reporterSource, why, src, dst, err)
+		conn.Close()
+	}
+	if dst.Addr().IsLoopback() && p.illegalPort(dst.Port()) {
+		deny(rejectSelfCall, errSelfCall)
+		return
+	}
+	local, err := p.localWorkload(ctx)
+	if err != nil {
+		deny(rejectUnknownWorkload, err)
+		return
+	}
+	query := state.Query{Source: local, SourceIP: src.Addr(), Dst: dst}
+	route, err := p.cfg.Store.Route(query)
+	if err != nil {
+		deny(rejectRoute, err)
+		return
+	}
+	untrack := p.tracker.trackOutbound(OutboundConnection{src, dst, route.NextHop, route.Protocol})
+	defer untrack()
+
+	route, up, err := p.connectRetried(ctx, src, query, route)
+	c := outboundConnection(src, local, route)
+	c.open(ctx, p.cfg.Metrics, p.access, start)
+	if err != nil {
+		conn.Close()
+		c.end(ctx, outcome{err: err})
+		return
+	}
+	if up.stream != nil {
+		r := up.stream.Pipe(ctx, conn, &hbone.Meter{FromSocket: c.receivedBytes(), ToSocket: c.sentBytes()})
+		c.end(ctx, outcomeOf(r, true))
+		return
+	}
+	c.end(ctx, pipeTCP(ctx, conn, up.conn, c.receivedBytes(), c.sentBytes()))
+}
+
+// connectRetried connects to the route's next hop. When that fails before any
+// byte of the application was taken, a service gets a second chance with another
+// endpoint, once (design D8). It returns the route that was taken.
+func (p *Proxy) connectRetried(ctx context.Context, src netip.AddrPort, query state.Query, route state.Route) (state.Route, upstream, error) {
+	up, err := p.connect(ctx, src, query.Source, route)
+	var dial *dialError
+	if err == nil || route.Service == nil || route.Workload == nil || !errors.As(err, &dial) || ctx.Err() != nil {
+		return route, up, err
+	}
+	query.Avoid = []string{route.Workload.UID}
+	other, routeErr := p.cfg.Store.Route(query)
+	if routeErr != nil || other.NextHop == route.NextHop {
+		return route, up, err
+	}
+	p.log.DebugContext(ctx, "endpoint failed, trying another", "failed", route.NextHop, "next", other.NextHop, "error", err.Error())
+	up, err = p.connect(ctx, src, query.Source, other)
+	return other, up, err
+}
+
+func (p *Proxy) connect(ctx context.Context, src netip.AddrPort, local *state.Workload, route state.Route) (upstream, error) {
+	switch route.Protocol {
+	case state.HBONE:
+		stream, err := p.openStream(ctx, src, local, route)
+		return upstream{stream: stream}, err
+	case state.TCP:
+		conn, err := p.cfg.Network.Dial(ctx, netip.Addr{}, route.NextHop)
+		if err != nil {
+			return upstream{}, &dialError{err: err}
+		}
+		return upstream{conn: conn}, nil
+	}
+	return upstream{}, fmt.Errorf("%w: protocol %v of rule %s", state.ErrUnsupportedRoute, route.Protocol, route.Rule)
+}
+
+// openStream opens a CONNECT stream over a pooled tunnel (spec/datapath.md §4.9, §5.2).
+func (p *Proxy) openStream(ctx context.Context, src netip.AddrPort, local *state.Workload, route state.Route) (hbone.Stream, error) {
+	svid, err := p.svid(ctx, local)
+	if err != nil {
+		return nil, err
+	}
+	key := poolKey{
+		source: svid.ID, sourceIP: src.Addr(), dst: route.NextHop,
+		expected: joinIDs(route.ExpectedIDs), epoch: svid.Epoch(),
+	}
+	if route.Workload != nil {
+		key.uid = route.Workload.UID
+	}
+	p.retireEpoch(key.epoch)
+
+	host := ""
+	if route.Service != nil {
+		host = route.Service.Hostname
+	}
+	stream, err := p.pool.Open(ctx, key, route.Authority,
+		hbone.Field{Name: fieldBaggage, Value: p.factsOf(local).baggage},
+		hbone.Field{Name: fieldForwarded, Value: forwardedHeader(src, host)},
+		hbone.Field{Name: fieldTraceparent, Value: newTraceID().traceparent()})
+	if err == nil {
+		return stream, nil
+	}
+	var (
+		identity *identityError
+		dial     *dialError
+		config   *tlsConfigError
+	)
+	switch {
+	case ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	case errors.As(err, &identity), errors.As(err, &dial), errors.As(err, &config):
+		return nil, err
+	}
+	return nil, &openError{err}
+}
+
+// retireEpoch lets tunnels end whose trust is no longer ours: another issuer,
+// provider or bundle (design §3, tunnels and certificates).
+func (p *Proxy) retireEpoch(now ca.Epoch) {
+	old := p.epoch.Load()
+	if old != nil && *old == now {
+		return
+	}
+	if p.epoch.CompareAndSwap(old, &now) && old != nil {
+		p.pool.Retire(func(k poolKey, _ *hbone.ConnInfo) bool { return k.epoch != now }, errTrustChanged)
+	}
+}
+
+var errTrustChanged = errors.New("the certificate's issuer or bundle has changed")
+
+// dialTunnel connects for the pool. It runs once per key, whoever waits.
+func (p *Proxy) dialTunnel(ctx context.Context, k poolKey) (net.Conn, *tls.Config, error) {
+	local, err := p.localWorkload(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	svid, err := p.svid(ctx, local)
+	if err != nil {
+		return nil, nil, err
+	}
+	if svid.ID != k.source {
+		return nil, nil, &identityError{fmt.Errorf("the local workload is now %s, the connection was accepted for %s", svid.ID, k.source)}
+	}
+	expected, err := splitIDs(k.expected)
+	if err != nil {
+		return nil, nil, &tlsConfigError{err}
+	}
+	config, err := ca.ClientTLS(svid, expected, p.cfg.TLS)
+	if err != nil {
+		return nil, nil, &tlsConfigError{err}
+	}
+	conn, err := p.cfg.Network.Dial(ctx, netip.Addr{}, k.dst)
+	if err != nil {
+		return nil, nil, &dialError{hbone: true, err: err}
+	}
+	return conn, config, nil
+}
+
+// factsOf renders the baggage of the local workload once per version of it.
+func (p *Proxy) factsOf(local *state.Workload) *localFacts {
+	if f := p.facts.Load(); f != nil && f.workload == local {
+		return f
+	}
+	f := &localFacts{workload: local, baggage: baggageOf(local).String()}
+	p.facts.Store(f)
+	return f
+}
+
+// outboundConnection is the telemetry of an outbound connection.
+func outboundConnection(src netip.AddrPort, local *state.Workload, route state.Route) *connection {
+	c := &connection{
+		reporter: reporterSource, src: src, dst: route.NextHop, hboneAuthority: route.Authority,
+		source: partyOf(local), destination: partyOf(route.Workload), service: route.Service,
+		mutualTLS: route.Protocol != state.TCP,
+	}
+	if c.mutualTLS {
+		c.source.principal = local.Identity.String()
+	}
+	if route.Workload != nil {
+		c.destination.principal = route.Workload.Identity.String()
+	}
+	return c
+}
+
+func (p *Proxy) illegalPort(port uint16) bool { return slices.Contains(p.cfg.IllegalPorts, port) }
+
+// joinIDs makes a comparable value of an ordered list. One ID, the usual case,
+// costs nothing.
+func joinIDs(ids []spiffeid.ID) string {
+	if len(ids) == 1 {
+		return ids[0].String()
+	}
+	texts := make([]string, len(ids))
+	for i, id := range ids {
+		texts[i] = id.String()
+	}
+	return strings.Join(texts, ",")
+}
+
+// splitIDs undoes joinIDs. An empty list is an error: nobody could be believed.
+func splitIDs(s string) ([]spiffeid.ID, error) {
+	if s == "" {
+		return nil, errors.New("the route names no identity that the destination could present")
+	}
+	var ids []spiffeid.ID
+	for text := range strings.SplitSeq(s, ",") {
+		id, err := spiffeid.FromString(text)
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, id)
+	}
+	return ids, nil
+}

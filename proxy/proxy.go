@@ -1,0 +1,304 @@
+package proxy
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/internal/backoff"
+	"github.com/ztunnel-go/ztunnel/proxy/hbone"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
+	"github.com/ztunnel-go/ztunnel/state"
+)
+
+// Config is what a Proxy needs. Network, Store, Certs, Local and Metrics are
+// required; the listeners need their addresses; the rest has defaults.
+type Config struct {
+	Network netns.Network // where all its sockets are
+	Store   *state.Store
+	Certs   *ca.Manager
+	TLS     ca.TLSOptions
+	Local   state.Ref // the pod for which it stands in
+	PodUID  string    // of that pod, "" when there is none but the one of Local
+
+	// The listeners' addresses: captured outbound, HBONE, captured inbound plaintext.
+	OutboundAddr, InboundAddr, PassthroughAddr netip.AddrPort
+	// IllegalPorts are never dialled on behalf of anyone: our own listeners
+	// (spec/datapath.md §3.5).
+	IllegalPorts []uint16
+	NetworkID    string // the network of this node
+
+	HBONE           hbone.Config  // of tunnels, both roles
+	PoolMaxStreams  int           // per outbound tunnel
+	PoolIdle        time.Duration // an outbound tunnel without streams lives so long
+	PoolConnsPerKey int           // outbound tunnels per key below the cap
+	MaxHandshakes   int           // concurrent inbound handshakes; 0: 64 per processor
+
+	ResponseBaggage   bool          // send baggage with the 200, and believe that of requests
+	PolicyInfoLogging bool          // log policy decisions at INFO instead of DEBUG
+	WorkloadWait      time.Duration // for the store to learn Local; 0: 5 s
+	CertificateWait   time.Duration // for the first certificate; 0: 10 s
+
+	Metrics *Metrics
+	Log     *slog.Logger // nil: discard
+}
+
+// Proxy serves one pod. Its methods are safe for concurrent use.
+type Proxy struct {
+	cfg    Config
+	log    *slog.Logger // lifecycle
+	access *slog.Logger
+	rbac   *slog.Logger
+
+	outbound, inbound, passthrough netns.Listener
+
+	server     *hbone.Server
+	pool       *hbone.Pool[poolKey]
+	tracker    *conntrack
+	handshakes chan struct{}
+
+	identity leaseHolder
+	epoch    atomic.Pointer[ca.Epoch] // of the SVID that outbound tunnels use
+	facts    atomic.Pointer[localFacts]
+	missing  sync.Map // policy names that were reported as missing; bounded by what the workload names
+
+	draining sync.Once
+}
+
+// New checks cfg. It opens and starts nothing: Listen binds, Run serves.
+func New(cfg Config) (*Proxy, error) {
+	switch {
+	case cfg.Network == nil, cfg.Store == nil, cfg.Certs == nil, cfg.Metrics == nil:
+		return nil, errors.New("proxy: Network, Store, Certs and Metrics are required")
+	case cfg.Local.Name == "" || cfg.Local.Namespace == "" || cfg.Local.ServiceAccount == "":
+		return nil, fmt.Errorf("proxy: the local workload %+v needs a name, a namespace and a service account", cfg.Local)
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	cfg.WorkloadWait = cmp.Or(cfg.WorkloadWait, 5*time.Second)
+	cfg.CertificateWait = cmp.Or(cfg.CertificateWait, 10*time.Second)
+	cfg.MaxHandshakes = cmp.Or(cfg.MaxHandshakes, 64*runtime.GOMAXPROCS(0))
+
+	p := &Proxy{
+		cfg:        cfg,
+		log:        cfg.Log.With("component", "proxy"),
+		access:     cfg.Log.With("component", "access"),
+		rbac:       cfg.Log.With("component", "rbac"),
+		server:     hbone.NewServer(cfg.HBONE),
+		tracker:    newConntrack(),
+		handshakes: make(chan struct{}, cfg.MaxHandshakes),
+	}
+	p.identity.certs = cfg.Certs
+	p.pool = hbone.NewPool(hbone.PoolConfig[poolKey]{
+		Config:      cfg.HBONE,
+		Dial:        p.dialTunnel,
+		MaxStreams:  cfg.PoolMaxStreams,
+		IdleTimeout: cfg.PoolIdle,
+		ConnsPerKey: cfg.PoolConnsPerKey,
+	})
+	return p, nil
+}
+
+// Listen binds the three listeners, all or none (spec/datapath.md §2.1). They
+// accept into the kernel's queue until Run serves them.
+func (p *Proxy) Listen(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			p.closeListeners()
+		}
+	}()
+	for _, l := range []struct {
+		component string
+		addr      netip.AddrPort
+		to        *netns.Listener
+	}{
+		{"inbound", p.cfg.InboundAddr, &p.inbound},
+		{"inbound plaintext", p.cfg.PassthroughAddr, &p.passthrough},
+		{"outbound", p.cfg.OutboundAddr, &p.outbound},
+	} {
+		if *l.to, err = p.cfg.Network.Listen(ctx, l.addr); err != nil {
+			return fmt.Errorf("%s listener: %w", l.component, err)
+		}
+		p.log.InfoContext(ctx, "listener established", "address", (*l.to).Addr(),
+			"listener", l.component, "transparent", (*l.to).Transparent())
+	}
+	return nil
+}
+
+func (p *Proxy) closeListeners() {
+	for _, l := range []netns.Listener{p.inbound, p.passthrough, p.outbound} {
+		if l != nil {
+			l.Close()
+		}
+	}
+}
+
+// InboundAddr is where the HBONE listener is bound. Call it after Listen.
+func (p *Proxy) InboundAddr() netip.AddrPort { return p.inbound.Addr() }
+
+// Connections is a snapshot for the dump.
+func (p *Proxy) Connections() Connections { return p.tracker.snapshot() }
+
+// Run serves what Listen bound. It returns when the last connection has ended
+// after Drain, or, with every connection cut, when ctx ends: their log lines
+// then carry the cause of ctx.
+func (p *Proxy) Run(ctx context.Context) error {
+	watchCtx, stopWatch := context.WithCancel(ctx)
+	var watchers sync.WaitGroup
+	watchers.Go(func() { p.watchState(watchCtx) })
+
+	var loops sync.WaitGroup
+	loops.Go(func() { p.acceptLoop(ctx, p.outbound, "outbound", p.serveOutbound) })
+	loops.Go(func() { p.acceptLoop(ctx, p.inbound, "inbound", p.serveInbound) })
+	loops.Go(func() { p.acceptLoop(ctx, p.passthrough, "inbound plaintext", p.servePassthrough) })
+	loops.Wait()
+
+	stopWatch()
+	watchers.Wait()
+	p.pool.Close()
+	p.identity.release()
+	p.log.Info("shutdown complete")
+	return nil
+}
+
+// Drain stops accepting and tells the peers by GOAWAY; connections that are
+// open go on. Run returns when the last has ended. Idempotent, does not block.
+func (p *Proxy) Drain() {
+	p.draining.Do(func() {
+		p.closeListeners()
+		p.server.Drain()
+	})
+}
+
+// acceptLoop owns the connections that it accepts: it returns when the listener
+// is closed and all of them have ended.
+func (p *Proxy) acceptLoop(ctx context.Context, ln netns.Listener, name string, serve func(context.Context, netns.Conn)) {
+	var conns sync.WaitGroup
+	defer conns.Wait()
+	defer context.AfterFunc(ctx, func() { ln.Close() })()
+	// An accept error is nearly always a lack of file descriptors: without a
+	// pause the loop would burn the processor that could free some.
+	retry := backoff.Policy{First: 5 * time.Millisecond, Max: time.Second, Budget: -1}.New()
+	for {
+		conn, err := ln.Accept()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			p.log.ErrorContext(ctx, "accept failed", "listener", name, "error", err.Error())
+			if !sleep(ctx, retry.Next(time.Now())) {
+				return
+			}
+			continue
+		}
+		retry.Reset()
+		conns.Go(func() { p.serveRecovered(ctx, conn, name, serve) })
+	}
+}
+
+// serveRecovered keeps a panic within its connection (design D21).
+func (p *Proxy) serveRecovered(ctx context.Context, conn netns.Conn, name string, serve func(context.Context, netns.Conn)) {
+	defer func() {
+		if r := recover(); r != nil {
+			p.cfg.Metrics.panics.Inc()
+			p.log.ErrorContext(ctx, "connection handler panicked", "listener", name,
+				"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+			_ = conn.Abort()
+		}
+	}()
+	serve(ctx, conn)
+}
+
+// sleep waits, and is false when ctx ended first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// localWorkload is the workload for which we stand in; the store may need a
+// moment to learn of it.
+func (p *Proxy) localWorkload(ctx context.Context) (*state.Workload, error) {
+	if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
+		return w, nil
+	}
+	timer := time.NewTimer(p.cfg.WorkloadWait)
+	defer timer.Stop()
+	for {
+		changed := p.cfg.Store.Changed()
+		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
+			return w, nil
+		}
+		select {
+		case <-changed:
+		case <-timer.C:
+			return nil, &unknownWorkloadError{p.cfg.Local}
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// watchState follows the store: it re-checks the open connections against the
+// policies, retires tunnels to workloads that are no longer at their address,
+// and fetches the certificate before the first connection asks for it.
+func (p *Proxy) watchState(ctx context.Context) {
+	for {
+		changed := p.cfg.Store.Changed() // before the look, so that no change is lost
+		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
+			p.identity.leaseFor(w, p.cfg.PodUID)
+		}
+		p.recheckPolicies(ctx)
+		p.retireMoved()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// recheckPolicies ends the inbound connections that the policies deny now
+// (spec/datapath.md §12.2). It judges them with the workload as the store has
+// it now, so that a new policy list counts too.
+func (p *Proxy) recheckPolicies(ctx context.Context) {
+	ended, wait := p.tracker.recheck(func(c state.Conn) bool {
+		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
+			c.Destination = w
+		}
+		return p.cfg.Store.Authorize(c).Denied != nil
+	})
+	wait(ctx)
+	for _, c := range ended {
+		p.log.InfoContext(ctx, "connection closed by a policy change",
+			"connection", fmt.Sprintf("%s(%s)->%s (%s)", c.Src, c.Identity, c.Dst, c.Destination.UID))
+	}
+}
+
+// retireMoved lets tunnels end whose workload is no longer at their address:
+// its IP may belong to another pod now (design D9).
+func (p *Proxy) retireMoved() {
+	p.pool.Retire(func(k poolKey, _ *hbone.ConnInfo) bool {
+		w, ok := p.cfg.Store.WorkloadByUID(k.uid)
+		return k.uid != "" && (!ok || !slices.Contains(w.IPs, k.dst.Addr()))
+	}, errMoved)
+}
+
+var errMoved = errors.New("the workload has moved")
