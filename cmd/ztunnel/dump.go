@@ -1,0 +1,138 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"github.com/ztunnel-go/ztunnel/admin"
+	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/proxy"
+	"github.com/ztunnel-go/ztunnel/state"
+)
+
+// dumpSections are the top keys of /config_dump (spec/identity-admin-inpod.md
+// §4.3). What only we have stands under ztunnelGo (design D26).
+func (n *node) dumpSections() map[string]func(context.Context) (any, error) {
+	snapshot := func(section func() any) func(context.Context) (any, error) {
+		return func(context.Context) (any, error) { return section(), nil }
+	}
+	return map[string]func(context.Context) (any, error){
+		"certificates":   snapshot(func() any { return dumpCertificates(n.certs.Snapshot()) }),
+		"config":         snapshot(func() any { return n.cfg.Dump() }),
+		"policies":       snapshot(func() any { return n.store.Dump().Policies }),
+		"services":       snapshot(func() any { return n.store.Dump().Services }),
+		"stagedServices": snapshot(func() any { return n.store.Dump().StagedServices }),
+		"workloads":      snapshot(func() any { return n.store.Dump().Workloads }),
+		"staticConfig":   snapshot(n.dumpStatic),
+		"version":        snapshot(func() any { return buildInfo() }),
+		"ztunnelGo":      snapshot(n.dumpOurs),
+	}
+}
+
+func (n *node) dumpStatic() any {
+	if n.world == nil {
+		return state.NewStaticConfig(&state.Update{})
+	}
+	return n.world.StaticConfig()
+}
+
+func dumpCertificates(statuses []ca.Status) any {
+	certs := make([]admin.Certificate, 0, len(statuses))
+	for _, s := range statuses {
+		c := admin.Certificate{Identity: s.ID.String(), UID: s.UID, State: admin.StateUnavailable, Chain: s.Chain}
+		switch s.State {
+		case ca.Available:
+			c.State = admin.StateAvailable
+		case ca.Pending:
+			c.State = admin.StateInitializing
+		}
+		if s.Err != nil {
+			c.Err = s.Err.Error()
+		}
+		for _, root := range s.Roots {
+			c.Roots = append(c.Roots, root.Cert)
+		}
+		certs = append(certs, c)
+	}
+	return admin.Certificates(certs)
+}
+
+// ourDump is the section ztunnelGo.
+type ourDump struct {
+	Certificates []ourCertificate  `json:"certificates"`
+	Connections  connectionsDump   `json:"connections"`
+	LocalError   string            `json:"localConfigError,omitempty"`
+	Pending      []string          `json:"pending"`
+	Origins      map[string]string `json:"configOrigins"`
+}
+
+// ourCertificate says of a certificate what the reference has no key for.
+type ourCertificate struct {
+	Identity    string     `json:"identity"`
+	UID         string     `json:"uid,omitempty"`
+	Provider    string     `json:"provider"`
+	State       string     `json:"state"`
+	LastError   string     `json:"lastError,omitempty"`
+	NextRenewal *time.Time `json:"nextRenewal,omitempty"`
+	Leases      int        `json:"leases"`
+}
+
+// connectionsDump has the shape of workloadState[uid].connections.
+type connectionsDump struct {
+	Inbound  []connectionDump `json:"inbound"`
+	Outbound []connectionDump `json:"outbound"`
+}
+
+type connectionDump struct {
+	ActualDst   string  `json:"actualDst"`
+	OriginalDst *string `json:"originalDst"`
+	Protocol    string  `json:"protocol"`
+	Src         string  `json:"src"`
+}
+
+func (n *node) dumpOurs() any {
+	d := ourDump{
+		Certificates: []ourCertificate{}, Connections: dumpConnections(n.proxy.Connections()),
+		Pending: append([]string{}, n.ready.Pending()...), Origins: map[string]string{},
+	}
+	for _, s := range n.certs.Snapshot() {
+		c := ourCertificate{Identity: s.ID.String(), UID: s.UID, Provider: s.Provider, State: s.State.String(), Leases: s.Leases}
+		if s.Err != nil {
+			c.LastError = s.Err.Error()
+		}
+		if !s.Renewal.IsZero() {
+			next := s.Renewal.UTC().Truncate(time.Second)
+			c.NextRenewal = &next
+		}
+		d.Certificates = append(d.Certificates, c)
+	}
+	if n.world != nil {
+		if err := n.world.LastError(); err != nil {
+			d.LocalError = err.Error()
+		}
+	}
+	for _, s := range n.cfg.Settings() {
+		if s.Origin != "default" {
+			d.Origins[s.Name] = s.Origin
+		}
+	}
+	return d
+}
+
+func dumpConnections(c proxy.Connections) connectionsDump {
+	d := connectionsDump{Inbound: []connectionDump{}, Outbound: []connectionDump{}}
+	for _, in := range c.Inbound {
+		line := connectionDump{ActualDst: in.ActualDst.String(), Protocol: in.Protocol.String(), Src: in.Src.String()}
+		if in.Host != "" {
+			line.OriginalDst = &in.Host
+		}
+		d.Inbound = append(d.Inbound, line)
+	}
+	for _, out := range c.Outbound {
+		original := out.OriginalDst.String()
+		d.Outbound = append(d.Outbound, connectionDump{
+			ActualDst: out.ActualDst.String(), OriginalDst: &original, Protocol: out.Protocol.String(), Src: out.Src.String(),
+		})
+	}
+	return d
+}

@@ -1,0 +1,331 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/ztunnel-go/ztunnel/admin"
+	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/internal/cgroup"
+	"github.com/ztunnel-go/ztunnel/internal/zlog"
+	"github.com/ztunnel-go/ztunnel/proxy"
+	"github.com/ztunnel-go/ztunnel/proxy/hbone"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
+	"github.com/ztunnel-go/ztunnel/state"
+	"github.com/ztunnel-go/ztunnel/xds/local"
+)
+
+// node is one proxy process, wired: `ztunnel proxy` runs one, the demo two.
+type node struct {
+	cfg  *Config
+	log  *zlog.Log
+	slog *slog.Logger
+
+	registry *prometheus.Registry
+	store    *state.Store
+	world    *local.Source
+	certs    *ca.Manager
+	proxy    *proxy.Proxy
+
+	ready                         *admin.Ready
+	proxyReady                    func() // completes the readiness task of the proxy
+	admin, stats, readiness       *admin.Server
+	adminLn, statsLn, readinessLn []net.Listener
+
+	quit chan struct{} // one slot: POST /quitquitquit
+}
+
+// nodeParts are what distinguishes the demo's nodes from a real one.
+type nodeParts struct {
+	network  netns.Network
+	provider ca.Provider
+	log      *zlog.Log // remains the caller's
+}
+
+// newNode makes the parts and loads the state. It starts and opens nothing.
+func newNode(cfg *Config, parts nodeParts) (*node, error) {
+	n := &node{cfg: cfg, log: parts.log, slog: parts.log.Logger(), quit: make(chan struct{}, 1)}
+	registry, err := admin.NewRegistry(cfg.Metrics.BuildTag)
+	if err != nil {
+		return nil, err
+	}
+	n.registry = registry
+	td, aliases, err := trustDomains(cfg)
+	if err != nil {
+		return nil, err
+	}
+	validation, err := ca.ParseValidation(cfg.CA.Validation)
+	if err != nil {
+		return nil, err
+	}
+	n.store = state.New(stateConfig(cfg))
+	if err := n.loadState(registry); err != nil {
+		return nil, err
+	}
+	n.certs = ca.NewManager(single{parts.provider}, ca.ManagerConfig{Linger: cfg.CA.Linger, Logger: n.slog})
+	tolerated := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "istio_svid_compatible_accept", Help: "The number of peer certificates accepted although they break a SPIFFE rule (unstable)",
+	}, []string{"rule"})
+	registry.MustRegister(tolerated)
+	n.proxy, err = proxy.New(dataPathConfig(cfg, n, parts.network, proxy.NewMetrics(registry, proxy.MetricsConfig{
+		Idle: idleTimeout(cfg.Metrics.IdleTimeout), MaxSeries: cfg.Metrics.MaxSeries,
+	}), ca.TLSOptions{
+		TLS12: cfg.TLS.AllowTLS12, PQC: cfg.TLS.PostQuantum, DefaultTrustDomain: td, Aliases: aliases, Validation: validation,
+		Tolerated: func(rule string) { tolerated.WithLabelValues(rule).Inc() },
+	}, n.hboneConfig(registry)))
+	if err != nil {
+		return nil, err
+	}
+	return n, n.newServers(registry)
+}
+
+// idleTimeout is a duration of which 0 means never, for metric, where it means
+// the default.
+func idleTimeout(d time.Duration) time.Duration {
+	if d == 0 {
+		return -1
+	}
+	return d
+}
+
+func stateConfig(cfg *Config) state.Config {
+	c := state.Config{
+		NodeName: cfg.Proxy.Node, Network: cfg.Proxy.Network, ClusterID: cfg.Proxy.ClusterID,
+		DefaultTrustDomain: cfg.CA.DefaultTrustDomain, TrustDomainAliases: cfg.CA.TrustDomainAliases,
+	}
+	if cfg.Authz.MatchForeignIdentity {
+		c.AuthzForeignTrustDomain = state.MatchForeign
+	}
+	if cfg.Authz.MissingPolicyDeny {
+		c.AuthzMissingPolicy = state.DenyMissing
+	}
+	return c
+}
+
+// loadState fills the store from the local file: a bad one ends the start.
+func (n *node) loadState(registry *prometheus.Registry) error {
+	if n.cfg.XDS.LocalPath == "" && n.cfg.XDS.LocalInline == "" {
+		n.slog.Warn("no local state: set LOCAL_XDS_PATH or LOCAL_XDS; until then every destination is unknown, and so is the local workload")
+		return nil
+	}
+	loads := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "istio_local_config_loads", Help: "The number of attempts to load the local configuration, by outcome (unstable)",
+	}, []string{"outcome"})
+	registry.MustRegister(loads)
+	world, err := local.New(local.Config{
+		Path: n.cfg.XDS.LocalPath, Inline: n.cfg.XDS.LocalInline, Store: n.store, ClusterID: n.cfg.Proxy.ClusterID, Logger: n.slog,
+		Loaded: func(err error) {
+			outcome := "ok"
+			if err != nil {
+				outcome = "error"
+			}
+			loads.WithLabelValues(outcome).Inc()
+		},
+	})
+	if err != nil {
+		return err
+	}
+	n.world = world
+	return world.Load()
+}
+
+// hboneConfig is that of the tunnels, with the budget of the process: a quarter
+// of the memory limit may be queued for slow applications (design D10).
+func (n *node) hboneConfig(registry *prometheus.Registry) hbone.Config {
+	cfg := n.cfg.HBONE
+	c := hbone.Config{
+		StreamWindow: int(cfg.StreamWindow), ConnWindow: int(cfg.ConnectionWindow), FrameSize: int(cfg.FrameSize),
+		MaxStreams: int(cfg.MaxConcurrentStreams), HandshakeTimeout: n.cfg.Timeouts.Handshake, ResponseTimeout: n.cfg.Timeouts.Response,
+		PingInterval: cfg.PingInterval, PingTimeout: cfg.PingTimeout, IdleTimeout: cfg.IdleTimeout,
+		Stats: new(hbone.Stats), Logger: n.slog.With("component", "proxy::hbone"),
+	}
+	limit := int64(n.cfg.Proxy.MemoryLimit)
+	if limit == 0 {
+		var err error
+		if limit, err = cgroup.MemoryLimit(os.DirFS("/"), debug.SetMemoryLimit(-1)); err != nil {
+			n.slog.Warn("memory limit unknown, the bytes queued for slow applications are bounded by windows only", "error", err.Error())
+		}
+	}
+	if limit > 0 {
+		c.Budget = hbone.NewBudget(limit / 4)
+	}
+	registerStats(registry, c.Stats, c.Budget)
+	return c
+}
+
+// registerStats shows what the tunnels count.
+func registerStats(registry *prometheus.Registry, s *hbone.Stats, b *hbone.Budget) {
+	counter := func(name, help string, read func() uint64) {
+		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help + " (unstable)"},
+			func() float64 { return float64(read()) }))
+	}
+	counter("istio_hbone_panics", "The number of panics that ended one tunnel or stream only", s.Panics.Load)
+	counter("istio_hbone_floods", "The number of tunnels ended because the peer exceeded a limit on abuse", s.Floods.Load)
+	counter("istio_hbone_budget_resets", "The number of streams reset because the bytes queued for slow applications reached the limit", s.BudgetResets.Load)
+	counter("istio_hbone_budget_refusals", "The number of requests refused because the bytes queued for slow applications came near the limit", s.BudgetRefused.Load)
+	counter("istio_hbone_refused_streams", "The number of requests answered REFUSED_STREAM", s.Refused.Load)
+	counter("istio_hbone_ping_timeouts", "The number of tunnels ended because the peer did not answer a ping", s.PingTimeouts.Load)
+	registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "istio_hbone_queued_bytes", Help: "The bytes queued for slow applications (unstable)",
+	}, func() float64 { return float64(b.Used()) }))
+}
+
+func dataPathConfig(cfg *Config, n *node, network netns.Network, metrics *proxy.Metrics, tls ca.TLSOptions, tunnels hbone.Config) proxy.Config {
+	w := cfg.Proxy.Workload
+	return proxy.Config{
+		Network: network, Store: n.store, Certs: n.certs, TLS: tls,
+		Local:        state.Ref{Namespace: w.Namespace, Name: w.Name, ServiceAccount: w.ServiceAccount},
+		OutboundAddr: cfg.Listeners.Outbound, InboundAddr: cfg.Listeners.Inbound, PassthroughAddr: cfg.Listeners.InboundPlaintext,
+		IllegalPorts: cfg.Listeners.IllegalPorts, NetworkID: cfg.Proxy.Network,
+		HBONE: tunnels, PoolMaxStreams: int(cfg.HBONE.PoolMaxStreams), PoolIdle: cfg.HBONE.PoolUnusedTimeout,
+		PoolConnsPerKey: cfg.HBONE.PoolConnections,
+		ResponseBaggage: cfg.Proxy.ResponseBaggage, PolicyInfoLogging: cfg.Authz.InfoLogging, WorkloadWait: cfg.Timeouts.WorkloadWait,
+		CertificateWait: cfg.CA.RequestTimeout, Metrics: metrics, Log: n.slog,
+	}
+}
+
+// newServers makes the three HTTP servers.
+func (n *node) newServers(registry *prometheus.Registry) (err error) {
+	const drain = time.Second
+	n.ready = admin.NewReady(n.slog)
+	n.proxyReady = n.ready.Register("proxy")
+	n.readiness = admin.NewReadiness(n.ready, drain, n.slog)
+	n.stats = admin.NewStats(registry, drain, n.slog)
+	n.admin, err = admin.New(admin.Config{
+		Sections: n.dumpSections(), Levels: n.log, Drain: drain, Log: n.slog,
+		Quit: func() {
+			select {
+			case n.quit <- struct{}{}:
+			default: // asked already
+			}
+		},
+	})
+	return err
+}
+
+// listen opens every listener: a bind error ends the start (spec §6.2).
+func (n *node) listen(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			n.closeListeners()
+		}
+	}()
+	for _, l := range []struct {
+		name string
+		addr BindAddr
+		to   *[]net.Listener
+	}{
+		{"readiness", n.cfg.Listeners.Readiness, &n.readinessLn},
+		{"admin", n.cfg.Listeners.Admin, &n.adminLn},
+		{"stats", n.cfg.Listeners.Stats, &n.statsLn},
+	} {
+		for _, addr := range l.addr.Addrs() {
+			ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr.String())
+			if err != nil {
+				return fmt.Errorf("%s: failed to bind to address %s: %w", l.name, addr, err)
+			}
+			*l.to = append(*l.to, ln)
+		}
+	}
+	return n.proxy.Listen(ctx)
+}
+
+func (n *node) closeListeners() {
+	for _, lns := range [][]net.Listener{n.readinessLn, n.adminLn, n.statsLn} {
+		for _, ln := range lns {
+			ln.Close()
+		}
+	}
+}
+
+func (n *node) adminAddr() string { return n.adminLn[0].Addr().String() }
+func (n *node) statsAddr() string { return n.statsLn[0].Addr().String() }
+
+// errQuit is the cause of a drain that POST /quitquitquit began.
+var errQuit = errors.New("asked to quit by the admin server")
+
+// run serves what listen opened, until ctx ends or the admin server is asked to
+// quit. Then it drains (design §6): not ready, nothing accepted any more, open
+// connections go on until the deadline, and what they need ends after them. The
+// error is the first failure of a part.
+func (n *node) run(ctx context.Context) error {
+	// What the drain still needs outlives ctx.
+	base, fail := context.WithCancelCause(context.WithoutCancel(ctx))
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	defer fail(nil)
+	part := func(ctx context.Context, what string, run func(context.Context) error) {
+		parts.Go(func() {
+			if err := run(ctx); err != nil && ctx.Err() == nil {
+				fail(fmt.Errorf("%s: %w", what, err))
+			}
+		})
+	}
+	probes, notReady := context.WithCancel(base)
+	defer notReady()
+	part(probes, "readiness server", func(ctx context.Context) error { return n.readiness.Serve(ctx, n.readinessLn...) })
+	part(base, "admin server", func(ctx context.Context) error { return n.admin.Serve(ctx, n.adminLn...) })
+	part(base, "stats server", func(ctx context.Context) error { return n.stats.Serve(ctx, n.statsLn...) })
+	part(base, "certificate manager", n.certs.Run)
+	if n.world != nil {
+		part(base, "local state", n.world.Run)
+	}
+
+	data, cut := context.WithCancelCause(base)
+	defer cut(nil)
+	done := make(chan error, 1)
+	parts.Go(func() { done <- n.proxy.Run(data) })
+	n.proxyReady()
+
+	var failure error
+	select {
+	case <-ctx.Done():
+		n.slog.InfoContext(ctx, "draining", "cause", context.Cause(ctx).Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
+	case <-n.quit:
+		n.slog.InfoContext(ctx, "draining", "cause", errQuit.Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
+	case <-base.Done():
+		failure = context.Cause(base)
+	}
+	notReady()
+	n.proxy.Drain()
+	timer := time.NewTimer(n.cfg.Proxy.TerminationDeadline)
+	defer timer.Stop()
+	select {
+	case err := <-done:
+		return errors.Join(failure, err)
+	case <-timer.C:
+		n.slog.Warn("drain duration expired with pending connections, forcefully shutting down")
+	case <-base.Done():
+		failure = errors.Join(failure, context.Cause(base))
+	}
+	cut(proxy.ErrDraining)
+	return errors.Join(failure, <-done)
+}
+
+// newHostNetwork is the network of a dedicated proxy: its own namespace.
+func newHostNetwork(cfg *Config, log *slog.Logger) netns.Network {
+	s := cfg.Sockets
+	h := netns.HostConfig{
+		Keepalive: netns.Keepalive{Enabled: s.KeepAlive, Time: s.KeepAliveTime, Interval: s.KeepAliveInterval, Retries: int(s.KeepAliveRetries)},
+		Mark:      s.Mark, IPv6Enabled: s.IPv6, ConnectTimeout: cfg.Timeouts.TCPConnect, Logger: log,
+	}
+	if s.UserTimeout {
+		h.UserTimeout = s.KeepAliveTime + time.Duration(s.KeepAliveRetries)*s.KeepAliveInterval
+	}
+	switch s.OriginalSource {
+	case OriginalSourceOn:
+		h.OriginalSource = netns.OriginalSourceRequired
+	case OriginalSourceNever:
+		h.OriginalSource = netns.OriginalSourceOff
+	}
+	return netns.NewHost(h)
+}

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ztunnel-go/ztunnel/admin"
+	"github.com/ztunnel-go/ztunnel/internal/zlog"
+)
+
+// logFlush bounds the wait for the last log lines.
+const logFlush = time.Second
+
+// runProxy runs the proxy until ctx ends and the drain is over. The log goes to
+// stdout.
+func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
+	log, err := zlog.New(zlog.Config{Out: stdout, JSON: cfg.Log.JSON, Filter: cfg.Log.Filter})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		// The caller's context has ended, and the reason has to be seen.
+		flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), logFlush)
+		defer cancel()
+		err = errors.Join(err, log.Close(flush))
+	}()
+	l := log.Logger().With("component", "app")
+	l.Info(buildInfo().String())
+	if before, after, err := raiseFileLimit(); err != nil {
+		l.Warn("file descriptor limit not raised", "error", err.Error())
+	} else if before != after {
+		l.Info("set file descriptor limits", "from", before, "to", after)
+	}
+	runtime.GOMAXPROCS(cfg.Proxy.WorkerThreads)
+	if cfg.Proxy.MemoryLimit > 0 {
+		debug.SetMemoryLimit(int64(cfg.Proxy.MemoryLimit))
+	}
+	for _, s := range cfg.Settings() {
+		if s.Origin != "default" {
+			l.Info("configuration", "name", s.Name, "value", s.Value, "origin", s.Origin)
+		}
+	}
+	provider, err := newProvider(cfg, log.Logger())
+	if err != nil {
+		return err
+	}
+	n, err := newNode(cfg, nodeParts{network: newHostNetwork(cfg, log.Logger()), provider: provider, log: log})
+	if err != nil {
+		return err
+	}
+	if err := n.listen(ctx); err != nil {
+		return err
+	}
+	// On a host network that several proxies share, localhost:15000 may be
+	// another one's; this name is ours alone (design D26). Where it is taken, as
+	// by a second proxy of the same PID namespace, the ports remain.
+	if ln, err := admin.ListenSocket(ctx); err == nil {
+		n.adminLn = append(n.adminLn, ln)
+	} else if !errors.Is(err, errors.ErrUnsupported) {
+		l.Info("admin socket not available", "error", strings.ReplaceAll(err.Error(), "\x00", "@"))
+	}
+	return n.run(ctx)
+}
+
+// raiseFileLimit sets the soft limit of open files to the hard one: every
+// connection needs two.
+func raiseFileLimit() (before, after uint64, err error) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, 0, err
+	}
+	before, limit.Cur = limit.Cur, limit.Max
+	return before, limit.Max, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+}
