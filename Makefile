@@ -21,13 +21,15 @@ STATUS   ?= $(shell git diff --quiet HEAD 2>/dev/null && echo Clean || echo Modi
 ISTIO_VERSION ?= unknown
 LDFLAGS = -s -w -X main.version=$(VERSION) -X main.gitRevision=$(REVISION) -X main.buildStatus=$(STATUS) -X main.istioVersion=$(ISTIO_VERSION)
 IMAGE    ?= ztunnel-go:$(VERSION)
+# BoringCrypto needs cgo, and so a C library beside the binary.
+IMAGE_BASE ?= gcr.io/distroless/$(if $(filter boring,$(CRYPTO)),base,static)-debian12
 FUZZTIME ?= 60s
 
 .DEFAULT_GOAL := help
 .PHONY: build test race lint generate check-generate fuzz e2e e2e-interop bench demo image help
 
 build: ## bin/ztunnel; CRYPTO=std|fips|boring picks the cryptographic module
-	$(CRYPTO_ENV) $(GO) build -trimpath -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/ztunnel
+	$(CRYPTO_ENV) $(GO) build -trimpath -buildvcs=false -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/ztunnel
 
 test: build ## build, vet and every test that needs no privileges
 	$(GO) vet ./...
@@ -39,7 +41,7 @@ race: ## every test under the race detector
 lint: check-generate ## formatting, vet, static analysis, tidy modules, generated files
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -d $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./... && $(GO) vet -tags e2e ./...
-	for t in staticcheck go-errorlint nilerr; do $(TOOL) $$t ./... || exit 1; done
+	for t in staticcheck go-errorlint nilerr; do $(TOOL) $$t -tags e2e ./... || exit 1; done
 	$(GO) vet -vettool="$$($(TOOL) -n bodyclose)" ./...
 	$(GO) mod tidy -diff
 
@@ -69,7 +71,7 @@ demo: build ## two nodes in one process, one request through the tunnel
 
 image: build ## container image (needs docker)
 	@command -v docker >/dev/null && docker info >/dev/null 2>&1 || { echo "image: no working docker here" >&2; exit 1; }
-	docker build -f deploy/docker/Dockerfile -t $(IMAGE) bin
+	docker build -f deploy/docker/Dockerfile --build-arg BASE=$(IMAGE_BASE) -t $(IMAGE) bin
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -17,8 +17,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-
-	"github.com/ztunnel-go/ztunnel/admin"
 )
 
 // certEntry is one element of certificates in /config_dump.
@@ -153,17 +151,17 @@ func (s *dumpSource) read(ctx context.Context, a *app) ([]byte, error) {
 		s.name = s.addr
 		return fetchDump(ctx, "tcp", s.addr)
 	}
-	s.name = defaultAdmin
-	if name, err := admin.SocketName(); err == nil {
+	if name, err := a.adminSocket(); err == nil {
 		b, err := fetchDump(ctx, "unix", name)
 		if err == nil {
 			s.name = name
 			return b, nil
 		}
-		if _, dial := errors.AsType[*net.OpError](err); !dial || ctx.Err() != nil {
-			return nil, err
+		if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "dial" || ctx.Err() != nil {
+			return nil, err // it is there: localhost may be another's
 		}
 	}
+	s.name = defaultAdmin
 	return fetchDump(ctx, "tcp", defaultAdmin)
 }
 

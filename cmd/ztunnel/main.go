@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/ztunnel-go/ztunnel/admin"
 )
 
 func main() {
@@ -15,10 +17,11 @@ func main() {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
 	a := &app{
-		stdout:   os.Stdout,
-		stderr:   os.Stderr,
-		environ:  os.Environ(),
-		readFile: os.ReadFile,
+		stdout:      os.Stdout,
+		stderr:      os.Stderr,
+		environ:     os.Environ(),
+		readFile:    os.ReadFile,
+		adminSocket: admin.SocketName,
 	}
 	ctx, stop := drainOnSignal(context.Background(), signals, os.Exit)
 	code := a.run(ctx, os.Args[1:])

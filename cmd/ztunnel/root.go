@@ -27,6 +27,7 @@ type app struct {
 	stdout, stderr io.Writer
 	environ        []string
 	readFile       func(string) ([]byte, error)
+	adminSocket    func() (string, error) // the abstract unix socket of this PID namespace
 }
 
 // usageError is a mistake on the command line.

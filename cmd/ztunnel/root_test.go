@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -251,6 +252,27 @@ func TestCertsFromAdmin(t *testing.T) {
 	code, stdout, stderr := command(t, nil, nil, "certs", "--admin", srv.Listener.Addr().String())
 	if code != 0 || stderr != "" || strings.Count(stdout, "\n") != 6 {
 		t.Errorf("got exit code %d, %q, %q", code, stderr, stdout)
+	}
+}
+
+// TestD26_CertsFromSocket: without --admin the socket of this PID namespace is
+// asked before localhost.
+func TestD26_CertsFromSocket(t *testing.T) {
+	dump := testDump(t, time.Now())
+	name := fmt.Sprintf("@ztunnel-certs-test-%d", os.Getpid())
+	ln, err := net.Listen("unix", name)
+	if err != nil {
+		t.Skipf("abstract unix sockets: %v", err)
+	}
+	srv := &httptest.Server{Listener: ln, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, dump)
+	})}}
+	srv.Start()
+	defer srv.Close()
+	var out, errs bytes.Buffer
+	a := &app{stdout: &out, stderr: &errs, readFile: os.ReadFile, adminSocket: func() (string, error) { return name, nil }}
+	if code := a.run(t.Context(), []string{"certs"}); code != 0 || strings.Count(out.String(), "\n") != 6 {
+		t.Errorf("got exit code %d, %q, %q", code, errs.String(), out.String())
 	}
 }
 
