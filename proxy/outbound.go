@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -75,12 +76,14 @@ func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) {
 	untrack := p.tracker.trackOutbound(OutboundConnection{src, dst, route.NextHop, route.Protocol})
 	defer untrack()
 
-	route, up, err := p.connectRetried(ctx, src, query, route)
+	connecting, connected := watchReset(ctx, conn)
+	route, up, err := p.connectRetried(connecting, src, query, route)
+	connected()
 	c := outboundConnection(src, local, route)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
 	if err != nil {
 		conn.Close()
-		c.end(ctx, outcome{err: err})
+		c.end(ctx, connectFailed(err))
 		return
 	}
 	if up.stream != nil {
@@ -89,6 +92,52 @@ func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) {
 		return
 	}
 	c.end(ctx, pipeTCP(ctx, conn, up.conn, c.receivedBytes(), c.sentBytes()))
+}
+
+// resetInterval is how often a connection that we are still connecting for is
+// asked whether its application has gone.
+const resetInterval = 250 * time.Millisecond
+
+// errClientReset ends the attempts on behalf of an application that gave up.
+var errClientReset = errors.New("the client has reset the connection")
+
+// watchReset returns a context that ends when conn's peer resets it. Until we
+// read, nothing else would tell, and a connect that nobody waits for any more
+// would go on. The caller calls stop when it has connected.
+func watchReset(ctx context.Context, conn netns.Conn) (_ context.Context, stop func()) {
+	socket, ok := conn.(interface{ PeerReset() bool })
+	if !ok {
+		return ctx, func() {}
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	var mu sync.Mutex // guards timer, which its own function starts again
+	var timer *time.Timer
+	mu.Lock()
+	defer mu.Unlock()
+	timer = time.AfterFunc(resetInterval, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case ctx.Err() != nil:
+		case socket.PeerReset():
+			cancel(errClientReset)
+		default:
+			timer.Reset(resetInterval)
+		}
+	})
+	return ctx, func() {
+		cancel(nil)
+		timer.Stop()
+	}
+}
+
+// connectFailed is the end of a connection that did not come about. That the
+// client gave up is its own act, as any reset (design D6).
+func connectFailed(err error) outcome {
+	if errors.Is(err, errClientReset) {
+		return outcome{reset: resetDownstream}
+	}
+	return outcome{err: err}
 }
 
 // connectRetried connects to the route's next hop. When that fails before any
@@ -117,7 +166,10 @@ func (p *Proxy) connect(ctx context.Context, src netip.AddrPort, local *state.Wo
 		return upstream{stream: stream}, err
 	case state.TCP:
 		conn, err := p.cfg.Network.Dial(ctx, netip.Addr{}, route.NextHop)
-		if err != nil {
+		switch {
+		case ctx.Err() != nil && err != nil:
+			return upstream{}, context.Cause(ctx)
+		case err != nil:
 			return upstream{}, &dialError{err: err}
 		}
 		return upstream{conn: conn}, nil
