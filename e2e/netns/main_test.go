@@ -27,15 +27,24 @@ func TestMain(m *testing.M) {
 	if os.Geteuid() == 0 {
 		removeLeftovers()
 	}
+	var err error
+	if buildDir, err = os.MkdirTemp("", prefix+"build-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	cleanup := func() {
+		removeNamespaces(os.Getpid())
+		_ = os.RemoveAll(buildDir)
+	}
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, syscall.SIGINT, syscall.SIGTERM)
 	go func() {
 		<-interrupted
-		removeNamespaces(os.Getpid())
+		cleanup()
 		os.Exit(1)
 	}()
 	code := m.Run()
-	removeNamespaces(os.Getpid())
+	cleanup()
 	os.Exit(code)
 }
 

@@ -72,26 +72,40 @@ func TestPolicyPlaintext(t *testing.T) {
 	})
 }
 
-const allowOther = `- name: allow-other
+const allowPrincipal = `- name: allow-other
   namespace: default
   scope: Namespace
   action: Allow
   dryRun: false
   rules:
-  - - - principals: [!Exact spiffe://cluster.local/ns/default/sa/other]
+  - - - principals: [!Exact "%s"]
 `
 
 const strangerID = "spiffe://cluster.local/ns/istio-system/sa/ztunnel"
 
 // N-19: a client made by hand meets an ALLOW policy that is not for it.
+// Principals are written without a scheme: one that has it matches nobody.
 func TestDP_N19_Policy(t *testing.T) {
-	p := newPair(t, pairOptions{captureServ: true, policies: allowOther})
-	expectStatus(t, p.client, p.server, strangerID, p.server.at(chatPort).String(), 401)
-	p.dest.expect(p.ctx, fields{
-		"error":        "connection closed due to policy rejection: allow policies exist, but none allowed",
-		"src.identity": strangerID,
-	})
-	expectStatus(t, p.client, p.server, "spiffe://cluster.local/ns/default/sa/other", p.server.at(chatPort).String(), 200)
+	const allowed = "cluster.local/ns/default/sa/other"
+	for _, tc := range []struct {
+		name, principal, id string
+		want                int
+	}{
+		{"not the client's", allowed, strangerID, 401},
+		{"the client's", allowed, "spiffe://" + allowed, 200},
+		{"with scheme", "spiffe://" + allowed, "spiffe://" + allowed, 401},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPair(t, pairOptions{captureServ: true, policies: fmt.Sprintf(allowPrincipal, tc.principal)})
+			expectStatus(t, p.client, p.server, tc.id, p.server.at(chatPort).String(), tc.want)
+			if tc.want == 401 {
+				p.dest.expect(p.ctx, fields{
+					"error":        "connection closed due to policy rejection: allow policies exist, but none allowed",
+					"src.identity": tc.id,
+				})
+			}
+		})
+	}
 }
 
 // N-20: the authority names another pod.

@@ -10,10 +10,13 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
+	"testing"
 	"time"
 )
 
@@ -131,7 +134,7 @@ func (p *pod) startIstiod() []string {
 	if err := os.WriteFile(token, []byte("token"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s := p.start("istiod", nil, fakeIstiod(p.w), "--listen", "127.0.0.1:15012", "--dir", p.w.caDir(), "--root-out", root,
+	s := p.start("istiod", nil, fakeIstiod(t), "--listen", "127.0.0.1:15012", "--dir", p.w.caDir(), "--root-out", root,
 		"--default-identity", p.identity()) // a dedicated proxy asks for its own
 	if _, err := s.find(p.w.ctx, 20*time.Second, func(line string) bool { return strings.Contains(line, "127.0.0.1:15012") }); err != nil {
 		t.Fatalf("fakeistiod prints no address: %v", err)
@@ -139,25 +142,30 @@ func (p *pod) startIstiod() []string {
 	return []string{"CA_ADDRESS=https://127.0.0.1:15012", "CA_ROOT_CA=" + root, "AUTH_TOKEN=" + token}
 }
 
-func fakeIstiod(w *world) string {
-	if path := os.Getenv("ZTUNNEL_FAKEISTIOD"); path != "" {
-		return path
+// buildDir is where TestMain lets programs be built.
+var buildDir string
+
+var builtIstiod = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(buildDir, "fakeistiod")
+	ctx, cancel := context.WithTimeout(context.Background(), testTime)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "go", "build", "-o", path, "../../ca/catest/fakeistiod").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("build fakeistiod: %w: %s", err, out)
 	}
-	path := filepath.Join(w.dir, "fakeistiod")
-	if _, err := os.Stat(path); err == nil {
-		return path
+	return path, nil
+})
+
+func fakeIstiod(t *testing.T) string {
+	t.Helper()
+	if os.Getenv("ZTUNNEL_FAKEISTIOD") != "" {
+		return binary(t, "ZTUNNEL_FAKEISTIOD")
 	}
-	if err := goBuild(w.ctx, path, "../../ca/catest/fakeistiod"); err != nil {
-		w.t.Fatal(err)
+	path, err := builtIstiod()
+	if err != nil {
+		t.Fatal(err)
 	}
 	return path
-}
-
-func goBuild(ctx context.Context, out, pkg string) error {
-	ctx, cancel := context.WithTimeout(ctx, testTime)
-	defer cancel()
-	_, err := command(ctx, "", "go", "build", "-o", out, pkg)
-	return err
 }
 
 // client speaks HTTP from inside the pod, past any proxy if it stays on
