@@ -32,7 +32,7 @@ func (s *Store) Inbound(q InboundQuery) (InboundRoute, error) {
 		return s.inboundByName(&q)
 	}
 	r := InboundRoute{Upstream: netip.AddrPortFrom(q.ConnDst.Addr(), q.Addr.Port())}
-	r.Service = s.guessService(&q)
+	r.Service = s.guessService(q.Local, q.Addr.Port(), q.ForwardedHost)
 	return r, nil
 }
 
@@ -72,20 +72,27 @@ func (s *Store) inboundByName(q *InboundQuery) (InboundRoute, error) {
 	return r, nil
 }
 
-// guessService finds the service that the client meant among those of the local
-// workload: the forwarded host, else the first that leads to the port
-// (spec/datapath.md §6.3).
-func (s *Store) guessService(q *InboundQuery) *ServiceRef {
+// GuessService says which service of the local workload a connection to port was
+// probably meant for: the one of the forwarded host ("" if the client named
+// none), else the first that leads to the port, else nil. It is for telemetry
+// only (spec/datapath.md §6.3, §7).
+func (s *Store) GuessService(local *Workload, port uint16, forwardedHost string) *ServiceRef {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.guessService(local, port, forwardedHost)
+}
+
+func (s *Store) guessService(local *Workload, port uint16, forwardedHost string) *ServiceRef {
 	var guess *service
-	for _, key := range q.Local.Services {
+	for _, key := range local.Services {
 		svc := s.tables.services[key]
 		if svc == nil {
 			continue
 		}
-		if q.ForwardedHost != "" && svc.Hostname == q.ForwardedHost {
+		if forwardedHost != "" && svc.Hostname == forwardedHost {
 			return &svc.ref
 		}
-		if guess == nil && svc.serves(q.Local.UID, q.Addr.Port()) {
+		if guess == nil && svc.serves(local.UID, port) {
 			guess = svc
 		}
 	}

@@ -41,7 +41,7 @@ func (m *Match) matches(sub *subject, action Action) bool {
 	if m.Unknown && action == Allow {
 		return false
 	}
-	return !m.empty() && m.ports(sub) && m.addresses(sub) && m.identity(sub)
+	return m.ports(sub) && m.addresses(sub) && m.identity(sub) && !m.empty()
 }
 
 func (m *Match) empty() bool {
