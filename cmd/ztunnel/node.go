@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
-	"runtime/debug"
 	"sync"
 	"time"
 
@@ -15,7 +13,6 @@ import (
 
 	"github.com/ztunnel-go/ztunnel/admin"
 	"github.com/ztunnel-go/ztunnel/ca"
-	"github.com/ztunnel-go/ztunnel/internal/cgroup"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 	"github.com/ztunnel-go/ztunnel/proxy"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
@@ -148,15 +145,8 @@ func (n *node) hboneConfig(registry *prometheus.Registry) hbone.Config {
 		PingInterval: cfg.PingInterval, PingTimeout: cfg.PingTimeout, IdleTimeout: cfg.IdleTimeout,
 		Stats: new(hbone.Stats), Logger: n.slog.With("component", "proxy::hbone"),
 	}
-	limit := int64(n.cfg.Proxy.MemoryLimit)
-	if limit == 0 {
-		var err error
-		if limit, err = cgroup.MemoryLimit(os.DirFS("/"), debug.SetMemoryLimit(-1)); err != nil {
-			n.slog.Warn("memory limit unknown, the bytes queued for slow applications are bounded by windows only", "error", err.Error())
-		}
-	}
-	if limit > 0 {
-		c.Budget = hbone.NewBudget(limit / 4)
+	if limit := n.cfg.Proxy.MemoryLimit; limit > 0 {
+		c.Budget = hbone.NewBudget(int64(limit / 4))
 	}
 	registerStats(registry, c.Stats, c.Budget)
 	return c

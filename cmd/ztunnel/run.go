@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
+	"math"
+	"os"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -12,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ztunnel-go/ztunnel/admin"
+	"github.com/ztunnel-go/ztunnel/internal/cgroup"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 )
 
@@ -39,9 +43,7 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 		l.Info("set file descriptor limits", "from", before, "to", after)
 	}
 	runtime.GOMAXPROCS(cfg.Proxy.WorkerThreads)
-	if cfg.Proxy.MemoryLimit > 0 {
-		debug.SetMemoryLimit(int64(cfg.Proxy.MemoryLimit))
-	}
+	limitMemory(cfg, l)
 	for _, s := range cfg.Settings() {
 		if s.Origin != "default" {
 			l.Info("configuration", "name", s.Name, "value", s.Value, "origin", s.Origin)
@@ -67,6 +69,24 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 		l.Info("admin socket not available", "error", strings.ReplaceAll(err.Error(), "\x00", "@"))
 	}
 	return n.run(ctx)
+}
+
+// limitMemory finds the memory limit where the configuration names none, and
+// makes the garbage collector work harder before it is reached. The tenth that
+// is left is for what the collector does not see: stacks of threads, and bytes
+// in the kernel that the control group charges to us.
+func limitMemory(cfg *Config, log *slog.Logger) {
+	own := debug.SetMemoryLimit(-1) // GOMEMLIMIT
+	if cfg.Proxy.MemoryLimit == 0 {
+		limit, err := cgroup.MemoryLimit(os.DirFS("/"), own)
+		if err != nil {
+			log.Warn("memory limit unknown, the bytes queued for slow applications are bounded by windows only", "error", err.Error())
+		}
+		cfg.Proxy.MemoryLimit = uint64(limit)
+	}
+	if limit := cfg.Proxy.MemoryLimit; limit > 0 && own == math.MaxInt64 {
+		debug.SetMemoryLimit(int64(min(limit-limit/10, math.MaxInt64)))
+	}
 }
 
 // raiseFileLimit sets the soft limit of open files to the hard one: every
