@@ -132,7 +132,7 @@ func (p *Proxy) Listen(ctx context.Context) (err error) {
 			return fmt.Errorf("%s listener: %w", l.component, err)
 		}
 		p.log.InfoContext(ctx, "listener established", "address", (*l.to).Addr(),
-			"listener", l.component, "transparent", (*l.to).Transparent())
+			"component", l.component, "transparent", (*l.to).Transparent())
 	}
 	return nil
 }

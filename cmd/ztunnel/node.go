@@ -51,6 +51,7 @@ type nodeParts struct {
 // newNode makes the parts and loads the state. It starts and opens nothing.
 func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	n := &node{cfg: cfg, log: parts.log, slog: parts.log.Logger(), quit: make(chan struct{}, 1)}
+	n.app = n.slog.With("component", "app")
 	registry, err := admin.NewRegistry(cfg.Metrics.BuildTag)
 	if err != nil {
 		return nil, err
@@ -111,7 +112,7 @@ func stateConfig(cfg *Config) state.Config {
 // loadState fills the store from the local file: a bad one ends the start.
 func (n *node) loadState(registry *prometheus.Registry) error {
 	if n.cfg.XDS.LocalPath == "" && n.cfg.XDS.LocalInline == "" {
-		n.slog.Warn("no local state: set LOCAL_XDS_PATH or LOCAL_XDS; until then every destination is unknown, and so is the local workload")
+		n.app.Warn("no local state: set LOCAL_XDS_PATH or LOCAL_XDS; until then every destination is unknown, and so is the local workload")
 		return nil
 	}
 	loads := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -279,9 +280,9 @@ func (n *node) run(ctx context.Context) error {
 	var failure error
 	select {
 	case <-ctx.Done():
-		n.slog.InfoContext(ctx, "draining", "cause", context.Cause(ctx).Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
+		n.app.InfoContext(ctx, "draining", "cause", context.Cause(ctx).Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
 	case <-n.quit:
-		n.slog.InfoContext(ctx, "draining", "cause", errQuit.Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
+		n.app.InfoContext(ctx, "draining", "cause", errQuit.Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
 	case <-base.Done():
 		failure = context.Cause(base)
 	}
@@ -293,7 +294,7 @@ func (n *node) run(ctx context.Context) error {
 	case err := <-done:
 		return errors.Join(failure, err)
 	case <-timer.C:
-		n.slog.Warn("drain duration expired with pending connections, forcefully shutting down")
+		n.app.Warn("drain duration expired with pending connections, forcefully shutting down")
 	case <-base.Done():
 		failure = errors.Join(failure, context.Cause(base))
 	}
