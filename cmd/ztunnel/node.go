@@ -25,7 +25,8 @@ import (
 type node struct {
 	cfg  *Config
 	log  *zlog.Log
-	slog *slog.Logger
+	slog *slog.Logger // of all parts; they add their component
+	app  *slog.Logger // of the node itself
 
 	registry *prometheus.Registry
 	store    *state.Store
