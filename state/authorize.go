@@ -168,7 +168,7 @@ type subject struct {
 	// From the path; empty without an identity, with one of another form, and, if
 	// so configured, with one of a foreign trust domain.
 	namespace, account string
-	// Trust domains that are the same as trustDomain; none if it is foreign.
+	// Trust domains that are the same as trustDomain; none if there is no other.
 	ownDomain string
 	aliases   []string
 }
@@ -191,7 +191,7 @@ func (s *Store) subject(c *Conn) subject {
 		aliases = aliases[1:]
 	}
 	local := sub.trustDomain == own || slices.Contains(aliases, sub.trustDomain)
-	if local {
+	if local && (sub.trustDomain != own || slices.ContainsFunc(aliases, func(td string) bool { return td != own })) {
 		sub.ownDomain, sub.aliases = own, aliases
 	}
 	if local || s.cfg.AuthzForeignTrustDomain == MatchForeign {

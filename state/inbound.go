@@ -65,11 +65,7 @@ func (s *Store) inboundByName(q *InboundQuery) (InboundRoute, error) {
 	if port == 0 {
 		return InboundRoute{}, fmt.Errorf("requested service %s:%d found, but cannot resolve port", q.Host, q.Port)
 	}
-	r := InboundRoute{Upstream: netip.AddrPortFrom(q.ConnDst.Addr(), port)}
-	if q.ForwardedHost == svc.Hostname || svc.serves(q.Local.UID, port) {
-		r.Service = &svc.ref
-	}
-	return r, nil
+	return InboundRoute{Upstream: netip.AddrPortFrom(q.ConnDst.Addr(), port), Service: &svc.ref}, nil
 }
 
 // GuessService says which service of the local workload a connection to port was

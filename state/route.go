@@ -60,11 +60,16 @@ func (s *Store) route(q *Query, e *Explanation) (Route, error) {
 	addressed, target := t.at(s.cfg.Network, q.Dst.Addr(), q.Source.Namespace)
 	e.address(q, addressed, target)
 	if target != nil && target.hasWaypoint() {
-		return Route{}, fmt.Errorf("%w: rule A: service %s is reached through a waypoint", ErrUnsupportedRoute, target.Key())
+		return Route{}, needsWaypoint(target)
 	}
 	up, err := s.upstream(q, e)
 	if err != nil {
 		return Route{}, err
+	}
+	if up.service != nil && up.service.hasWaypoint() {
+		// A workload has the address of a VIP, or our network is not that of the
+		// source. The waypoint of the service must not be passed by for that.
+		return Route{}, needsWaypoint(up.service)
 	}
 	if up.workload == nil {
 		if target != nil && !target.passthrough() || up.service != nil && !up.service.passthrough() {
@@ -181,6 +186,10 @@ func selectIP(up upstream, dst netip.Addr) (netip.Addr, error) {
 		return netip.Addr{}, fmt.Errorf("%w: hostname: the address of %s must be resolved from %q", ErrUnsupportedRoute, &w.Workload, w.Hostname)
 	}
 	return netip.Addr{}, noDestination(w)
+}
+
+func needsWaypoint(svc *service) error {
+	return fmt.Errorf("%w: rule A: service %s is reached through a waypoint", ErrUnsupportedRoute, svc.Key())
 }
 
 func noDestination(w *workload) error {

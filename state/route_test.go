@@ -161,6 +161,8 @@ func TestDP_OB_Route(t *testing.T) {
 		// Address lookup says workload, endpoint lookup says service: the empty service is no reason to go around it.
 		{name: "workload and empty service on one address", workloads: []WorkloadUpdate{member(local, nil)}, services: []*Service{example(vips("127.0.0.2"))}, dst: "127.0.0.2:80",
 			wantErr: ErrNoHealthyUpstream},
+		{name: "workload and service with waypoint on one address", workloads: []WorkloadUpdate{member(local, nil), inExample(tcp)}, services: []*Service{example(vips("127.0.0.2"), waypoint)},
+			dst: "127.0.0.2:80", wantErr: ErrUnsupportedRoute},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

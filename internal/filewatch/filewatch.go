@@ -47,10 +47,9 @@ func (w *Watcher) Check() (bool, error) {
 	return !same, nil
 }
 
-// Run calls Check every interval (DefaultInterval if it is not positive) and
-// report with each change and each error of it, from this goroutine. It returns
-// the cause of ctx when that ends.
-func (w *Watcher) Run(ctx context.Context, interval time.Duration, report func(error)) error {
+// Run calls look every interval (DefaultInterval if it is not positive) from this
+// goroutine until ctx ends, whose cause it returns. look would call Check.
+func Run(ctx context.Context, interval time.Duration, look func()) error {
 	if interval <= 0 {
 		interval = DefaultInterval
 	}
@@ -61,9 +60,7 @@ func (w *Watcher) Run(ctx context.Context, interval time.Duration, report func(e
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-ticker.C:
-		}
-		if changed, err := w.Check(); changed || err != nil {
-			report(err)
+			look()
 		}
 	}
 }

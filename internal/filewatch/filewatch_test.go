@@ -103,47 +103,23 @@ func TestCheckDataSwap(t *testing.T) {
 }
 
 func TestRun(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "file")
-	write(t, path, "one")
-	synctest.Test(t, func(t *testing.T) {
-		w := New(path)
-		check(t, w, true)
-		cause := errors.New("enough")
-		ctx, cancel := context.WithCancelCause(t.Context())
-		reports := make(chan error, 1)
-		done := make(chan error, 1)
-		go func() { done <- w.Run(ctx, 0, func(err error) { reports <- err }) }()
-
-		<-time.After(10 * DefaultInterval)
-		synctest.Wait()
-		if len(reports) != 0 {
-			t.Fatalf("report(%v) of a file that did not change", <-reports)
-		}
-		write(t, path, "another")
-		start := time.Now()
-		if err := <-reports; err != nil {
-			t.Fatal(err)
-		}
-		if d := time.Since(start); d > DefaultInterval {
-			t.Errorf("change reported after %v", d)
-		}
-		if err := os.Remove(path); err != nil {
-			t.Fatal(err)
-		}
-		if err := <-reports; !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("report(%v) of a removed file", err)
-		}
-		cancel(cause)
-		for {
-			select {
-			case <-reports:
-				continue
-			case err := <-done:
-				if !errors.Is(err, cause) {
-					t.Errorf("Run() = %v, want %v", err, cause)
+	for interval, want := range map[time.Duration]time.Duration{0: DefaultInterval, 3 * time.Second: 3 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			cause := errors.New("enough")
+			ctx, cancel := context.WithCancelCause(t.Context())
+			var looks []time.Duration
+			start := time.Now()
+			err := Run(ctx, interval, func() {
+				if looks = append(looks, time.Since(start)); len(looks) == 3 {
+					cancel(cause)
 				}
-				return
+			})
+			if !errors.Is(err, cause) {
+				t.Errorf("Run() = %v, want %v", err, cause)
 			}
-		}
-	})
+			if len(looks) != 3 || looks[0] != want || looks[2] != 3*want {
+				t.Errorf("interval %v: looked after %v", interval, looks)
+			}
+		})
+	}
 }

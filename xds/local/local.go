@@ -1,6 +1,6 @@
 // Package local fills a state.Store from a file instead of a control plane: for
 // development, tests and nodes that stand alone. The file is YAML, and so may be
-// JSON; README and examples/localhost.yaml show its shape. Everything that is
+// JSON; examples/localhost.yaml shows its shape. Everything that is
 // wrong with a file is reported at once, with file, line and key, and a bad file
 // changes nothing.
 package local
@@ -120,28 +120,17 @@ func (s *Source) Run(ctx context.Context) error {
 		<-ctx.Done()
 		return context.Cause(ctx)
 	}
-	interval := s.cfg.Interval
-	if interval <= 0 {
-		interval = filewatch.DefaultInterval
-	}
-	ticker := time.NewTicker(interval)
-	defer ticker.Stop()
 	last := s.LastError()
-	for {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-ticker.C:
-		}
+	return filewatch.Run(ctx, s.cfg.Interval, func() {
 		loaded, err := s.Check()
-		if err != nil && (last == nil || last.Error() != err.Error()) {
+		switch {
+		case loaded:
+			last = nil
+		case err != nil && (last == nil || last.Error() != err.Error()):
 			last = err
 			s.log.ErrorContext(ctx, "local config not loaded, the last good one stays", "path", s.cfg.Path, "error", err)
 		}
-		if loaded {
-			last = nil
-		}
-	}
+	})
 }
 
 // LastError is the error of the last attempt to load, nil if that went well.
