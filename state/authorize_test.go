@@ -1,12 +1,10 @@
 package state
 
 import (
-	"fmt"
 	"net/netip"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 func destination(ns string, policies ...string) *Workload {
@@ -481,39 +479,5 @@ func TestPoliciesChanged(t *testing.T) {
 	apply(t, s, Update{RemovedPolicies: []string{"ns/p"}})
 	if !isClosed(p) || !isClosed(all) {
 		t.Error("a removal is no change")
-	}
-}
-
-func BenchmarkAuthorize(b *testing.B) {
-	s := New(Config{DefaultTrustDomain: "td"})
-	var u Update
-	for i := range 10_000 {
-		p := allowNamespace(fmt.Sprintf("p%05d", i), "ns", fmt.Sprintf("peer-%d", i))
-		p.Rules = append(p.Rules, Rule{{{Principals: []StringMatch{{Prefix, fmt.Sprintf("td/ns/x-%d/", i)}}}}, {{DestinationPorts: []uint16{80}}}})
-		u.Policies = append(u.Policies, p)
-	}
-	apply(b, s, u)
-	c := Conn{Src: addrPort("10.0.0.1:1"), Dst: addrPort("10.0.0.2:80"), Destination: destination("ns")}
-	for name, id := range map[string]string{"first": "spiffe://td/ns/peer-0/sa/x", "last": "spiffe://td/ns/peer-9999/sa/x", "none": "spiffe://td/ns/y/sa/x"} {
-		c.Identity = spiffeid.RequireFromString(id)
-		b.Run(name, func(b *testing.B) {
-			b.ReportAllocs()
-			for b.Loop() {
-				if s.Authorize(c).Events == nil {
-					b.Fatal("no outcome")
-				}
-			}
-		})
-	}
-}
-
-func BenchmarkAuthorizeNoPolicies(b *testing.B) {
-	s := New(Config{})
-	c := Conn{Src: addrPort("10.0.0.1:1"), Dst: addrPort("10.0.0.2:80"), Destination: destination("ns"), Identity: spiffeid.RequireFromString("spiffe://td/ns/a/sa/b")}
-	b.ReportAllocs()
-	for b.Loop() {
-		if s.Authorize(c).Denied != nil {
-			b.Fatal("denied")
-		}
 	}
 }

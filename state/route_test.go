@@ -432,26 +432,3 @@ func TestDP_S06_PortMappings(t *testing.T) {
 		}
 	}
 }
-
-func BenchmarkRoute(b *testing.B) {
-	s := New(Config{})
-	var u Update
-	for i := range 100 {
-		ip := netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)})
-		u.Workloads = append(u.Workloads, inExample(Workload{UID: "w" + ip.String(), Protocol: HBONE, IPs: []netip.Addr{ip}}))
-	}
-	u.Services = []*Service{example(mode(LoadBalanceFailover, ScopeNetwork, ScopeRegion, ScopeZone))}
-	u.Workloads = append(u.Workloads, member(Workload{UID: "tcp", IPs: ips("10.0.1.1")}, nil))
-	apply(b, s, u)
-	for name, dst := range map[string]string{"unknown": "1.2.3.4:80", "workload": "10.0.0.7:80", "tcp": "10.0.1.1:80", "service-100": "127.0.0.3:80"} {
-		q := Query{Source: &Workload{Namespace: "ns"}, Dst: addrPort(dst)}
-		b.Run(name, func(b *testing.B) {
-			b.ReportAllocs()
-			for b.Loop() {
-				if _, err := s.Route(q); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
-	}
-}
