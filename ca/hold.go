@@ -2,6 +2,7 @@ package ca
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"time"
@@ -24,7 +25,7 @@ type hold struct {
 	ctx    context.Context // of the watches; nil until they start
 	cancel context.CancelFunc
 
-	view    *view     // published
+	view    *view     // published; never nil
 	own     *SVID     // as the provider delivered it, without the others' anchors
 	lastErr error     // the newest failure, also while an SVID is available
 	next    time.Time // the provider's next attempt
@@ -57,7 +58,7 @@ func (h *hold) watch(ctx context.Context) {
 // happen outside the lock.
 func (h *hold) update(ctx context.Context, ev Event) {
 	if ev.State == Available {
-		if err := ev.SVID.check(h.ref.ID, h.m.cfg.AnyID, time.Now()); err != nil {
+		if err := ev.SVID.check(h.ref.ID, h.m.cfg.AnyID, h.m.cfg.Validation, time.Now()); err != nil {
 			ev = Event{State: Unavailable, Err: err, Next: ev.Next}
 			h.m.log.WarnContext(ctx, "certificate rejected", "provider", h.key.key.Provider, "identity", h.ref.ID, "error", err)
 		}
@@ -88,7 +89,7 @@ func (h *hold) apply(ctx context.Context, ev Event) (hurry bool) {
 	case Unavailable:
 		if !kept {
 			h.own = nil
-			h.publish(&view{state: Unavailable, err: orElse(ev.Err, ErrDenied)})
+			h.publish(&view{state: Unavailable, err: orElse(ev.Err, errNoReason)})
 		}
 	case Pending:
 		if !kept {
@@ -99,6 +100,8 @@ func (h *hold) apply(ctx context.Context, ev Event) (hurry bool) {
 	}
 	return false
 }
+
+var errNoReason = errors.New("the certificate provider gave no reason")
 
 func orElse(err, fallback error) error {
 	if err != nil {

@@ -20,6 +20,8 @@ type ManagerConfig struct {
 	// AnyID accepts certificates of other identities than the requested one:
 	// in dedicated mode the CA alone decides who we are.
 	AnyID bool
+	// Validation overrides the mode in which delivered certificates are judged.
+	Validation Validation
 	// Logger; nil discards.
 	Logger *slog.Logger
 }

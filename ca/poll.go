@@ -38,6 +38,8 @@ type PollConfig struct {
 	// AnyID accepts a certificate of another identity than the requested one:
 	// in dedicated mode the CA alone decides who we are.
 	AnyID bool
+	// Validation overrides the mode in which issued certificates are judged.
+	Validation Validation
 	// Observe, if not nil, is told of each finished request; err is nil for a
 	// success. It must not block.
 	Observe func(err error, took time.Duration)
@@ -197,20 +199,29 @@ func (p *poll) request(ctx context.Context, e *entry) {
 	if ctx.Err() == nil && p.cfg.Observe != nil {
 		p.cfg.Observe(err, time.Since(start))
 	}
+	report := p.finished(ctx, e, svid, err)
+	if report != nil {
+		report()
+	}
+	p.poke()
+}
+
+// finished takes over the result of a request, and returns what to log.
+func (p *poll) finished(ctx context.Context, e *entry, svid *SVID, err error) (report func()) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.running--
 	e.inflight = false
 	switch {
 	case e.watchers == 0:
 		delete(p.entries, e.id)
+		return nil
 	case ctx.Err() != nil: // we are stopping: this says nothing about the backend
+		return nil
 	case err != nil:
-		p.failed(ctx, e, err)
-	default:
-		p.succeeded(ctx, e, svid)
+		return p.failed(ctx, e, err)
 	}
-	p.mu.Unlock()
-	p.poke()
+	return p.succeeded(ctx, e, svid)
 }
 
 func (p *poll) fetch(ctx context.Context, id spiffeid.ID) (*SVID, error) {
@@ -218,7 +229,7 @@ func (p *poll) fetch(ctx context.Context, id spiffeid.ID) (*SVID, error) {
 	defer cancel()
 	svid, err := p.fetcher.Fetch(rctx, id)
 	if err == nil {
-		err = svid.check(id, p.cfg.AnyID, time.Now())
+		err = svid.check(id, p.cfg.AnyID, p.cfg.Validation, time.Now())
 	} else if errors.Is(rctx.Err(), context.DeadlineExceeded) && ctx.Err() == nil {
 		err = fmt.Errorf("no certificate within %v: %w", p.cfg.Timeout, err)
 	}
@@ -229,7 +240,7 @@ func (p *poll) fetch(ctx context.Context, id spiffeid.ID) (*SVID, error) {
 }
 
 // succeeded is called with the lock held.
-func (p *poll) succeeded(ctx context.Context, e *entry, svid *SVID) {
+func (p *poll) succeeded(ctx context.Context, e *entry, svid *SVID) (report func()) {
 	delete(p.retries, e.id)
 	now := time.Now()
 	spread := max(p.cfg.RenewSpread, 0) * rand.Float64()
@@ -245,11 +256,11 @@ func (p *poll) succeeded(ctx context.Context, e *entry, svid *SVID) {
 		close(p.rootsChanged)
 		p.rootsChanged = make(chan struct{})
 	}
-	p.log.DebugContext(ctx, "certificate issued", "svid", svid, "renewal", at)
+	return func() { p.log.DebugContext(ctx, "certificate issued", "svid", svid, "renewal", at) }
 }
 
 // failed is called with the lock held.
-func (p *poll) failed(ctx context.Context, e *entry, err error) {
+func (p *poll) failed(ctx context.Context, e *entry, err error) (report func()) {
 	now := time.Now()
 	retry := p.retries[e.id]
 	if retry == nil {
@@ -264,14 +275,17 @@ func (p *poll) failed(ctx context.Context, e *entry, err error) {
 		}
 		p.schedule(e, at)
 		p.publish(e, Event{State: Available, SVID: old, Err: err, Next: at})
-		p.log.InfoContext(ctx, "certificate renewal failed, keeping the certificate",
-			"identity", e.id, "error", err, "not_after", old.NotAfter, "retry", at)
-		return
+		return func() {
+			p.log.InfoContext(ctx, "certificate renewal failed, keeping the certificate",
+				"identity", e.id, "error", err, "not_after", old.NotAfter, "retry", at)
+		}
 	}
 	p.schedule(e, at)
 	p.publish(e, Event{State: Unavailable, Err: err, Next: at})
-	p.log.WarnContext(ctx, "certificate fetch failed, there is no valid certificate",
-		"identity", e.id, "error", err, "delay", delay)
+	return func() {
+		p.log.WarnContext(ctx, "certificate fetch failed, there is no valid certificate",
+			"identity", e.id, "error", err, "delay", delay)
+	}
 }
 
 func (p *poll) schedule(e *entry, at time.Time) {

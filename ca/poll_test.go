@@ -494,6 +494,69 @@ func TestPastHalfLife(t *testing.T) {
 	})
 }
 
+// rootedCA also knows its anchors beforehand.
+type rootedCA struct {
+	*mockCA
+	before *ca.Bundles
+	err    error
+}
+
+func (r rootedCA) WatchRoots(ctx context.Context, update func(*ca.Bundles)) error {
+	if r.err != nil {
+		return r.err
+	}
+	update(r.before)
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// TestContributedBundles: what the fetcher knows beforehand counts until the
+// first answer, and the latest answer afterwards.
+func TestContributedBundles(t *testing.T) {
+	for _, rootsErr := range []error{nil, errors.New("no such file")} {
+		synctest.Test(t, func(t *testing.T) {
+			mock := newMockCA(t)
+			before := catest.NewCA(t, "td.test").Bundles(ca.Strict)
+			p := ca.Poll("mock", rootedCA{mock, before, rootsErr}, ca.PollConfig{})
+			var mu sync.Mutex
+			var got []*ca.Bundles
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() {
+				done <- p.WatchBundles(ctx, ca.WorkloadRef{}, func(b *ca.Bundles) {
+					mu.Lock()
+					defer mu.Unlock()
+					got = append(got, b)
+				})
+			}()
+			m := catest.RunManager(t, catest.Fixed{p}, ca.ManagerConfig{})
+			l := m.Acquire(sa("x"))
+			defer l.Release()
+			sleep(time.Minute)
+			mock.mu.Lock()
+			mock.td = catest.NewCA(t, "td.test")
+			last := mock.td.Bundles(ca.Strict)
+			mock.mu.Unlock()
+			sleep(time.Minute)
+			cancel()
+			if err := <-done; !errors.Is(err, context.Canceled) {
+				t.Errorf("WatchBundles: %v, want the end of the context", err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			want := 3
+			if rootsErr != nil {
+				want = 2
+			} else if got[0] != before {
+				t.Error("the first report is not what the fetcher knew")
+			}
+			if len(got) != want || !got[len(got)-1].Equal(last) {
+				t.Errorf("%d reports, want %d with the newest root last", len(got), want)
+			}
+		})
+	}
+}
+
 type fetchFunc func(context.Context, spiffeid.ID) (*ca.SVID, error)
 
 func (f fetchFunc) Fetch(ctx context.Context, id spiffeid.ID) (*ca.SVID, error) { return f(ctx, id) }

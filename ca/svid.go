@@ -213,7 +213,7 @@ func (s *SVID) serial() string {
 // check judges an SVID that a provider delivered for want, before it is
 // published. With anyID the certificate's own identity stands, whatever was
 // asked for. Wrong parts are named by the texts of the identity spec §1.11.
-func (s *SVID) check(want spiffeid.ID, anyID bool, now time.Time) error {
+func (s *SVID) check(want spiffeid.ID, anyID bool, validation Validation, now time.Time) error {
 	if s == nil || s.Cert == nil || s.Cert.Leaf == nil || len(s.Cert.Certificate) == 0 {
 		return fmt.Errorf("chain returned from CA is empty for: %s", want)
 	}
@@ -235,7 +235,7 @@ func (s *SVID) check(want spiffeid.ID, anyID bool, now time.Time) error {
 	if s.expired(now) {
 		return fmt.Errorf("%w: %s, at %s", ErrExpired, id, s.NotAfter.UTC().Format(time.RFC3339))
 	}
-	if _, err := VerifySVID(chain, s.Bundles, VerifyOptions{Usage: Own}); err != nil {
+	if _, err := VerifySVID(chain, s.Bundles, VerifyOptions{Usage: Own, Validation: validation, Now: now}); err != nil {
 		return fmt.Errorf("verify the certificate for %s: %w", id, err)
 	}
 	return nil

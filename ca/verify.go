@@ -215,6 +215,10 @@ func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, o
 	err := refuse("R29", "no anchor ends the chain")
 	for _, want := range []Mode{Strict, Compatible} {
 		for _, path := range paths {
+			if len(path) < 2 { // crypto/x509 trusts a leaf that stands among the roots
+				err = refuse("R27", "an anchor must not authenticate")
+				continue
+			}
 			for _, a := range anchors {
 				if opts.Validation.mode(a.Mode) != want || !bytes.Equal(a.Cert.Raw, path[len(path)-1].Raw) {
 					continue

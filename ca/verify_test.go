@@ -277,6 +277,30 @@ func TestSharedAnchorOfTwoModes(t *testing.T) {
 	}
 }
 
+// TestAnchorMustNotAuthenticate: crypto/x509 accepts a leaf that is itself in
+// the pool of roots.
+func TestAnchorMustNotAuthenticate(t *testing.T) {
+	w := catest.NewWorld(t)
+	chain, _ := w.Own.Leaf(t, catest.GoodID)
+	b := ca.NewBundles(map[spiffeid.TrustDomain][]ca.Anchor{w.Own.TrustDomain: {{Cert: chain[0]}}})
+	if _, err := ca.VerifySVID(chain, b, ca.VerifyOptions{}); rule(t, err) != "R27" {
+		t.Errorf("got %v, want R27", err)
+	}
+}
+
+// TestVerifyAtATime: a chain can be judged at the time of its handshake.
+func TestVerifyAtATime(t *testing.T) {
+	w := catest.NewWorld(t)
+	chain, _ := w.Own.Leaf(t, catest.GoodID, catest.Between(-2*time.Minute, -time.Minute))
+	if _, err := ca.VerifySVID(chain, w.Bundles(ca.Strict), ca.VerifyOptions{}); rule(t, err) != "R24" {
+		t.Errorf("now: %v, want R24", err)
+	}
+	then := time.Now().Add(-90 * time.Second)
+	if _, err := ca.VerifySVID(chain, w.Bundles(ca.Strict), ca.VerifyOptions{Now: then}); err != nil {
+		t.Errorf("while it was valid: %v", err)
+	}
+}
+
 func TestParseValidation(t *testing.T) {
 	for in, want := range map[string]ca.Validation{"": ca.PerAnchor, "strict": ca.AlwaysStrict, "compatible": ca.AlwaysCompatible} {
 		if got, err := ca.ParseValidation(in); err != nil || got != want {
