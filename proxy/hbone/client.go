@@ -38,8 +38,10 @@ func dialConn(ctx context.Context, cfg *Config, nc net.Conn, tlsConfig *tls.Conf
 	case <-c.ended:
 		err := c.end()
 		c.finish()
-		var alert tls.AlertError
-		if errors.As(err, &alert) {
+		// A TLS 1.3 client learns that its certificate was refused from an alert
+		// after its own handshake.
+		var alert *net.OpError
+		if errors.As(err, &alert) && alert.Op == "remote error" {
 			return nil, &HandshakeError{Err: err.Err}
 		}
 		return nil, &PrefaceError{Err: err.Err}

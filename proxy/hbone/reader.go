@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"os"
 
 	"golang.org/x/net/http2/hpack"
 )
@@ -91,6 +92,11 @@ func (c *conn) readLoop() {
 	case c.rd.goAway != nil:
 		c.fail(c.rd.goAway, lost)
 	default:
+		c.w.mu.Lock()
+		if c.w.err != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+			err = c.w.err // sending failed, and nothing came that says why
+		}
+		c.w.mu.Unlock()
 		c.fail(&ConnError{Err: err}, lost)
 	}
 	c.linger()

@@ -165,6 +165,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h
 	defer func() { _ = nc.Close() }()
 	if source != nil {
 		if err := s.handshake(ctx, c, source); err != nil {
+			c.hangUp()
 			return err
 		}
 	}
@@ -241,6 +242,15 @@ func (s *Server) handshake(ctx context.Context, c *conn, source TLSSource) error
 		return &PrefaceError{Err: fmt.Errorf("client offered ALPN %q, not h2", p)}
 	}
 	return nil
+}
+
+// hangUp ends a connection whose handshake failed, so that the alert arrives: a
+// socket closed with unread bytes would take it back.
+func (c *conn) hangUp() {
+	if cw, ok := c.bc.Conn.(interface{ CloseWrite() error }); ok && cw.CloseWrite() == nil {
+		_ = c.bc.Conn.SetReadDeadline(time.Now().Add(closeGrace))
+		c.linger()
+	}
 }
 
 // expireAt sends the peer away when a certificate of the tunnel expires.

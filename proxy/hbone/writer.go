@@ -113,7 +113,7 @@ func (c *conn) kick() {
 		done, err = c.bc.tryFlush()
 	}
 	if err != nil {
-		c.fail(&ConnError{Err: err}, lost)
+		c.writeFailed(err)
 	}
 	c.release(!done)
 }
@@ -279,7 +279,7 @@ func (c *conn) writeBatch(ctl []byte, items ...*sendItem) error {
 			}
 		}
 		if err := c.writeItem(it); err != nil {
-			c.fail(&ConnError{Err: err}, lost)
+			c.writeFailed(err)
 			return err
 		}
 	}
@@ -293,7 +293,7 @@ func (c *conn) flushPlain(p *[]byte) error {
 	err := c.writePlain(*p)
 	*p = (*p)[:0]
 	if err != nil {
-		c.fail(&ConnError{Err: err}, lost)
+		c.writeFailed(err)
 	}
 	return err
 }
@@ -301,7 +301,7 @@ func (c *conn) flushPlain(p *[]byte) error {
 func (c *conn) flushSocket() error {
 	err := c.bc.flush()
 	if err != nil {
-		c.fail(&ConnError{Err: err}, lost)
+		c.writeFailed(err)
 	}
 	return err
 }
@@ -364,6 +364,13 @@ func (it *sendItem) finish(err error) {
 		return
 	}
 	it.st.wrote <- struct{}{}
+}
+
+// writeFailed ends the sending half. The reader ends the tunnel: it may still
+// find a TLS alert or a GOAWAY, which says more than a broken pipe.
+func (c *conn) writeFailed(err error) {
+	c.stopWriting(err)
+	_ = c.bc.Conn.SetReadDeadline(time.Now().Add(closeGrace))
 }
 
 // stopWriting ends the queue; w.err makes every later send fail.
