@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,6 +59,7 @@ type stats struct {
 	gatherer prometheus.Gatherer
 	log      *slog.Logger
 	slots    chan struct{}
+	size     atomic.Int64 // of the last exposition
 }
 
 func (s *stats) serve(w http.ResponseWriter, r *http.Request) {
@@ -102,6 +104,7 @@ func (s *stats) exposition() ([]byte, error) {
 		s.log.Warn("some metrics are missing", "error", err)
 	}
 	var b bytes.Buffer
+	b.Grow(int(s.size.Load()))
 	for _, f := range families {
 		if len(f.GetMetric()) == 0 {
 			continue
@@ -113,6 +116,7 @@ func (s *stats) exposition() ([]byte, error) {
 	if _, err := expfmt.FinalizeOpenMetrics(&b); err != nil {
 		return nil, fmt.Errorf("encode metrics: %w", err)
 	}
+	s.size.Store(int64(b.Len()))
 	return b.Bytes(), nil
 }
 
