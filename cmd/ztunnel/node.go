@@ -58,6 +58,7 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 		return nil, err
 	}
 	n.registry = registry
+	registerLog(registry, parts.log)
 	td, aliases, err := trustDomains(cfg)
 	if err != nil {
 		return nil, err
@@ -108,6 +109,13 @@ func stateConfig(cfg *Config) state.Config {
 		c.AuthzMissingPolicy = state.DenyMissing
 	}
 	return c
+}
+
+// registerLog shows the lines that the log's output did not take.
+func registerLog(registry *prometheus.Registry, log *zlog.Log) {
+	registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "istio_log_lines_dropped", Help: "The number of log lines that could not be written (unstable)",
+	}, func() float64 { return float64(log.Dropped()) }))
 }
 
 // loadState fills the store from the local file: a bad one ends the start.
