@@ -97,8 +97,9 @@ type options struct {
 
 // sockets is the Network over real sockets that Host and Pod share.
 type sockets struct {
-	opt options
-	log *slog.Logger
+	opt   options
+	guard *loopGuard
+	log   *slog.Logger
 }
 
 func newSockets(opt options, log *slog.Logger) sockets {
@@ -111,7 +112,7 @@ func newSockets(opt options, log *slog.Logger) sockets {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return sockets{opt: opt, log: log}
+	return sockets{opt: opt, guard: newLoopGuard(), log: log}
 }
 
 // inside runs f in the namespace of the sockets. f must open sockets and no
@@ -147,9 +148,10 @@ func (s *sockets) Listen(ctx context.Context, addr netip.AddrPort) (Listener, er
 		return nil, bindError(addr, err)
 	}
 	l := &tcpListener{
-		ln:   ln.(*net.TCPListener),
-		addr: netip.AddrPortFrom(addr.Addr(), addrPort(ln.Addr()).Port()),
-		log:  s.log,
+		ln:    ln.(*net.TCPListener),
+		addr:  netip.AddrPortFrom(addr.Addr(), addrPort(ln.Addr()).Port()),
+		guard: s.guard,
+		log:   s.log,
 	}
 	if l.transparent, err = s.finishListener(l.ln); err != nil {
 		return nil, errors.Join(bindError(addr, err), ln.Close())
@@ -191,7 +193,8 @@ func (s *sockets) ListenPacket(ctx context.Context, addr netip.AddrPort) (net.Pa
 
 // Dial implements Network: the "freebind connect" of spec/datapath.md §3.4. It
 // blocks until the connection is there, at most for the connect timeout
-// (ErrConnectTimeout). The end of ctx gives its cause.
+// (ErrConnectTimeout). The end of ctx gives its cause; ErrSelfCapture means
+// that the connection came back to us.
 func (s *sockets) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (Conn, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, context.Cause(ctx)
@@ -225,6 +228,11 @@ func (s *sockets) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) 
 	tc, err := newTCPConn(c.(*net.TCPConn), nil)
 	if err != nil {
 		return nil, errors.Join(err, c.Close())
+	}
+	tc.guard = s.guard
+	if err := s.guard.dial(&tc.track, flow{tc.local, dst}); err != nil {
+		_ = tc.Abort()
+		return nil, err
 	}
 	return tc, nil
 }

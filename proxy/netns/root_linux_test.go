@@ -241,9 +241,10 @@ func TestOriginalDstOfRedirected(t *testing.T) {
 	if !ln.Transparent() {
 		t.Error("listener is not transparent")
 	}
+	app := hostIn(t, ns, HostConfig{})
 	for _, addr := range []string{"10.9.9.9:80", "[fd00:9::9]:80"} {
 		dst := netip.MustParseAddrPort(addr)
-		_, server := connect(t, n, netip.Addr{}, ln, dst)
+		_, server := connect(t, app, netip.Addr{}, ln, dst)
 		got, err := server.OriginalDst()
 		if err != nil || got != dst {
 			t.Errorf("got %v, %v, want %v", got, err, dst)
@@ -253,13 +254,42 @@ func TestOriginalDstOfRedirected(t *testing.T) {
 		}
 	}
 	direct := netip.MustParseAddrPort("10.1.0.1:15001")
-	_, server := connect(t, n, netip.Addr{}, ln, direct)
+	_, server := connect(t, app, netip.Addr{}, ln, direct)
 	if got, err := server.OriginalDst(); err != nil || got != direct {
 		t.Errorf("not redirected: got %v, %v, want %v", got, err, direct)
 	}
 	marked := hostIn(t, ns, HostConfig{Mark: testMark})
 	if _, err := marked.Dial(t.Context(), netip.Addr{}, netip.MustParseAddrPort("10.1.0.1:80")); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("marked: got %v, want %v", err, syscall.ECONNREFUSED)
+	}
+}
+
+// faults row 90: rules that do not exempt the proxy lead its own connection
+// back to it, once.
+func TestSelfCaptureIsFound(t *testing.T) {
+	ns := newNamespace(t)
+	command(t, ns, "iptables -t nat -A OUTPUT -p tcp --dport 80 -j REDIRECT --to-ports 15001")
+	proxy, app := hostIn(t, ns, HostConfig{}), hostIn(t, ns, HostConfig{})
+	ln := listen(t, proxy, netip.MustParseAddrPort("0.0.0.0:15001"))
+	dst := netip.MustParseAddrPort("10.9.9.9:80")
+	_, captured := connect(t, app, netip.Addr{}, ln, dst)
+	if got, err := captured.OriginalDst(); err != nil || got != dst {
+		t.Fatalf("application: got %v, %v, want %v", got, err, dst)
+	}
+	_, again := connect(t, proxy, netip.Addr{}, ln, dst)
+	if _, err := again.OriginalDst(); !errors.Is(err, ErrSelfCapture) {
+		t.Errorf("proxy: got %v, want %v", err, ErrSelfCapture)
+	}
+	_ = captured.Close()
+	_ = again.Close()
+	if n := len(proxy.guard.captured); n != 0 {
+		t.Errorf("%d captured connections not forgotten", n)
+	}
+	// Talking to oneself without redirection is no loop.
+	direct := netip.MustParseAddrPort("10.1.0.1:15001")
+	_, hairpin := connect(t, proxy, netip.Addr{}, ln, direct)
+	if got, err := hairpin.OriginalDst(); err != nil || got != direct {
+		t.Errorf("hairpin: got %v, %v, want %v", got, err, direct)
 	}
 }
 

@@ -22,6 +22,8 @@ type tcpConn struct {
 	raw           syscall.RawConn
 	local, remote netip.AddrPort
 	accepted      *tcpListener // nil for a dialled connection
+	guard         *loopGuard   // nil for a wrapped one
+	track         tracked      // guarded by guard
 
 	try     sync.Mutex // guards the fields below, which are arguments and results of tryOnce
 	buf     []byte
@@ -68,7 +70,6 @@ func addrPort(a net.Addr) netip.AddrPort {
 
 func (c *tcpConn) Read(p []byte) (int, error)         { return c.tcp.Read(p) }
 func (c *tcpConn) Write(p []byte) (int, error)        { return c.tcp.Write(p) }
-func (c *tcpConn) Close() error                       { return c.tcp.Close() }
 func (c *tcpConn) CloseWrite() error                  { return c.tcp.CloseWrite() }
 func (c *tcpConn) SetDeadline(t time.Time) error      { return c.tcp.SetDeadline(t) }
 func (c *tcpConn) SetReadDeadline(t time.Time) error  { return c.tcp.SetReadDeadline(t) }
@@ -81,11 +82,19 @@ func (c *tcpConn) RemoteAddr() net.Addr               { return net.TCPAddrFromAd
 // SyscallConn implements syscall.Conn.
 func (c *tcpConn) SyscallConn() (syscall.RawConn, error) { return c.raw, nil }
 
+// Close implements net.Conn.
+func (c *tcpConn) Close() error {
+	if c.guard != nil {
+		c.guard.remove(&c.track)
+	}
+	return c.tcp.Close()
+}
+
 // Abort closes with RST. The socket may have been closed in one direction.
 func (c *tcpConn) Abort() error {
 	// An error means that the socket is closed already; Close says so too.
 	_ = c.tcp.SetLinger(0)
-	return c.tcp.Close()
+	return c.Close()
 }
 
 // TryWrite implements Conn. It must not be called while a Write is blocked: it
@@ -124,13 +133,16 @@ func (c *tcpConn) ReadFrom(r io.Reader) (int64, error) {
 
 // OriginalDst implements Conn. Where nothing was redirected, and with TPROXY,
 // that is the local address; a socket that is not transparent warns then,
-// because it looks like missing rules. The error is that of a closed socket.
+// because it looks like missing rules. The error is that of a closed socket, or
+// ErrSelfCapture.
 func (c *tcpConn) OriginalDst() (netip.AddrPort, error) {
 	if c.accepted == nil {
 		return c.local, nil
 	}
 	dst, err := originalDst(c.raw, c.local)
 	switch {
+	case err == nil && dst != c.local:
+		return dst, c.guard.capture(&c.track, flow{c.remote, dst})
 	case err == nil:
 		return dst, nil
 	case errors.Is(err, net.ErrClosed):
@@ -148,6 +160,7 @@ type tcpListener struct {
 	ln          *net.TCPListener
 	addr        netip.AddrPort
 	transparent bool
+	guard       *loopGuard
 	log         *slog.Logger
 }
 
@@ -160,9 +173,9 @@ func (l *tcpListener) Accept() (Conn, error) {
 	}
 	c, err := newTCPConn(tcp, l)
 	if err != nil {
-		_ = tcp.Close()
-		return nil, err
+		return nil, errors.Join(err, tcp.Close())
 	}
+	c.guard = l.guard
 	return c, nil
 }
 
