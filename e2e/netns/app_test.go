@@ -53,13 +53,13 @@ func serveApp() error {
 		doublePort: doubleEcho, watchPort: watchEnd, resetPort: resetClient, chatPort: echo,
 		latePort: answerLate, earlyPort: endEarly,
 	} {
-		ln, err := net.Listen("tcp4", fmt.Sprintf(":%d", port))
+		ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 		if err != nil {
 			return err
 		}
 		go acceptAll(ln, serve)
 	}
-	ln, err := net.Listen("tcp4", fmt.Sprintf(":%d", httpPort))
+	ln, err := net.Listen("tcp", fmt.Sprintf(":%d", httpPort))
 	if err != nil {
 		return err
 	}
@@ -149,12 +149,12 @@ func ending(err error) string {
 // without a tunnel. It uses the sockets of the real one.
 func serveRelay() error {
 	host := netns.NewHost(netns.HostConfig{
-		Mark: 1337, OriginalSource: netns.OriginalSourceRequired,
+		IPv6Enabled: true, Mark: 1337, OriginalSource: netns.OriginalSourceRequired,
 		Logger: slog.New(slog.NewTextHandler(os.Stdout, nil)),
 	})
 	ctx := context.Background()
 	for _, port := range []uint16{15001, 15006} {
-		ln, err := host.Listen(ctx, netip.AddrPortFrom(netip.IPv4Unspecified(), port))
+		ln, err := host.Listen(ctx, netip.AddrPortFrom(netip.IPv6Unspecified(), port))
 		if err != nil {
 			return err
 		}

@@ -151,10 +151,8 @@ func (p *pair) checkExchange() {
 		p.dest.expectMetrics(p.ctx, "destination", labels, 11, 22)
 	}
 	// The server sees the client, not a proxy.
-	got, err := p.client.curl(fmt.Sprintf("http://%v/", p.server.at(httpPort)))
-	if want := "hello " + p.client.addr.String(); err != nil || strings.TrimSpace(got) != want {
-		t.Errorf("curl: got %q, %v, want %q", got, err, want)
-	}
+	p.client.expectHello(p.client.addr, p.server.at(httpPort))
+	p.client.expectHello(p.client.addr6, netip.AddrPortFrom(p.server.addr6, httpPort))
 }
 
 // faults row 89: a captured application reaches itself through its service, and
@@ -168,11 +166,24 @@ func TestFault89_Hairpin(t *testing.T) {
 	p.redirect()
 	w.writeConfig()
 	s := p.startProxy(proxyOptions{})
-	got, err := p.curl("http://10.96.0.1:80/")
-	if want := "hello " + p.addr.String(); err != nil || strings.TrimSpace(got) != want {
-		t.Errorf("got %q, %v, want %q", got, err, want)
-	}
+	p.expectHello(p.addr, netip.MustParseAddrPort("10.96.0.1:80"))
 	s.expect(w.ctx, fields{"message": "connection complete", "direction": "outbound", "dst.service": "self.default.svc.cluster.local", "error": ""})
+}
+
+// faults row 90: rules that capture the proxy's own packets, because they
+// carry no mark, must not make it dial itself for ever.
+func TestFault90_MarkLost(t *testing.T) {
+	o := pairOptions{captureClient: true}
+	o.source.env = []string{"PACKET_MARK=0"}
+	p := newPair(t, o)
+	c := p.dial(chatPort)
+	if err := exchange(c, "lost", "lost"); err == nil {
+		t.Error("works without the mark: the rules do not capture")
+	}
+	opened, err := p.source.metric("istio_tcp_connections_opened_total", map[string]string{"reporter": "source"})
+	if err != nil || opened > 4 {
+		t.Errorf("%v connections opened for one, %v", opened, err)
+	}
 }
 
 // faults row 95: a port of the proxy that the pod itself has taken is a clear

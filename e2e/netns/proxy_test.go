@@ -54,7 +54,7 @@ func (w *world) writeConfig() {
   serviceAccount: %[2]s
   trustDomain: cluster.local
   clusterId: Kubernetes
-  workloadIps: ["%[3]v"]
+  workloadIps: ["%[3]v", "%[7]v"]
   workloadName: %[1]s
   workloadType: deployment
   canonicalName: %[1]s
@@ -63,7 +63,7 @@ func (w *world) writeConfig() {
   node: %[5]s
   network: ""
   services: {%[6]s}
-`, p.name, p.sa, p.addr, protocol, p.node.name, p.services)
+`, p.name, p.sa, p.addr, protocol, p.node.name, p.services, p.addr6)
 	}
 	b.WriteString("services: [" + w.services + "]\n")
 	if w.policies == "" {

@@ -4,6 +4,7 @@ package netns
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -35,6 +36,16 @@ func (p *pod) curl(args ...string) (string, error) {
 	return command(p.w.ctx, "", p.in(append([]string{"curl", "-sS", "--max-time", "10"}, args...)...)...)
 }
 
+// expectHello asks the application "server" at dst for the address that it sees
+// the client at.
+func (p *pod) expectHello(want netip.Addr, dst netip.AddrPort) {
+	p.w.t.Helper()
+	got, err := p.curl(fmt.Sprintf("http://%v/", dst))
+	if want := "hello " + want.String(); err != nil || strings.TrimSpace(got) != want {
+		p.w.t.Errorf("curl %v: got %q, %v, want %q", dst, got, err, want)
+	}
+}
+
 // TestRedirection checks namespaces, rules and sockets without a tunnel, so
 // that a failure here says that the machine, not the proxy, is at fault.
 func TestRedirection(t *testing.T) {
@@ -49,10 +60,8 @@ func TestRedirection(t *testing.T) {
 					p.startSelf("relay")
 				}
 			}
-			got, err := client.curl(fmt.Sprintf("http://%v/", server.at(httpPort)))
-			if want := "hello " + client.addr.String(); err != nil || strings.TrimSpace(got) != want {
-				t.Errorf("got %q, %v, want %q", got, err, want)
-			}
+			client.expectHello(client.addr, netip.AddrPortFrom(server.addr, httpPort))
+			client.expectHello(client.addr6, netip.AddrPortFrom(server.addr6, httpPort))
 		})
 	}
 }

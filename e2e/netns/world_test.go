@@ -17,8 +17,8 @@ import (
 
 var worlds atomic.Int32
 
-// world is two nodes on one bridge. Nodes have 172.172.0.<node>, pods
-// 10.0.<node>.<pod>. The bridge has a namespace of its own, so that nothing is
+// world is two nodes on one bridge. Nodes have 172.172.0.<node> and fd17::<node>,
+// pods 10.0.<node>.<pod> and fd10:<node>::<pod>. The bridge has a namespace of its own, so that nothing is
 // added to the namespace of the machine.
 type world struct {
 	t   *testing.T
@@ -48,6 +48,7 @@ type pod struct {
 	node     *node
 	ns       string
 	addr     netip.Addr
+	addr6    netip.Addr
 	services string // YAML flow mapping of the services that the pod serves
 	captured bool
 	net      *netns.Pod // sockets of an application in the pod
@@ -66,7 +67,8 @@ func newWorld(t *testing.T) *world {
 	for _, a := range w.nodes {
 		for _, b := range w.nodes {
 			if a != b {
-				w.ip(a.ns, fmt.Sprintf("route add 10.0.%d.0/24 via 172.172.0.%d", b.num, b.num))
+				w.ip(a.ns, fmt.Sprintf("route add 10.0.%d.0/24 via 172.172.0.%d", b.num, b.num),
+					fmt.Sprintf("-6 route add fd10:%d::/64 via fd17::%d", b.num, b.num))
 			}
 		}
 	}
@@ -84,6 +86,9 @@ func (w *world) namespace(name string) string {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(func() { removeNamespace(ns) })
+	// A router does not look for neighbours before its link-local address has
+	// been checked for duplicates, which takes seconds.
+	w.sysctl(ns, map[string]string{"net/ipv6/conf/default/accept_dad": "0"})
 	w.ip(ns, "link set lo up")
 	return ns
 }
@@ -105,11 +110,12 @@ func (w *world) ip(ns string, lines ...string) {
 func (w *world) addNode(num int) {
 	n := &node{name: fmt.Sprintf("node%d", num), num: num}
 	n.ns = w.namespace(n.name)
-	w.sysctl(n.ns, map[string]string{"net/ipv4/ip_forward": "1"})
+	w.sysctl(n.ns, map[string]string{"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"})
 	w.ip("", fmt.Sprintf("-n %s link add v%d type veth peer name eth0 netns %s", w.lan, num, n.ns),
 		fmt.Sprintf("-n %s link set v%d master br0 up", w.lan, num))
-	w.ip(n.ns, fmt.Sprintf("addr add 172.172.0.%d/16 dev eth0", num), "link set eth0 up",
-		"link add pods type bridge", fmt.Sprintf("addr add 10.0.%d.1/24 dev pods", num), "link set pods up")
+	w.ip(n.ns, fmt.Sprintf("addr add 172.172.0.%d/16 dev eth0", num), fmt.Sprintf("addr add fd17::%d/64 dev eth0 nodad", num),
+		"link set eth0 up", "link add pods type bridge", fmt.Sprintf("addr add 10.0.%d.1/24 dev pods", num),
+		fmt.Sprintf("addr add fd10:%d::1/64 dev pods nodad", num), "link set pods up")
 	w.nodes = append(w.nodes, n)
 }
 
@@ -124,12 +130,17 @@ func (w *world) addPod(name string, nodeNum int) *pod {
 			num++
 		}
 	}
-	p := &pod{w: w, name: name, sa: name, node: n, addr: netip.AddrFrom4([4]byte{10, 0, byte(nodeNum), byte(num)})}
+	p := &pod{
+		w: w, name: name, sa: name, node: n,
+		addr:  netip.AddrFrom4([4]byte{10, 0, byte(nodeNum), byte(num)}),
+		addr6: netip.MustParseAddr(fmt.Sprintf("fd10:%d::%d", nodeNum, num)),
+	}
 	p.ns = w.namespace(name)
 	w.sysctl(p.ns, map[string]string{"net/ipv4/conf/all/rp_filter": "0", "net/ipv4/conf/default/rp_filter": "0"})
 	w.ip("", fmt.Sprintf("-n %s link add v%d type veth peer name eth0 netns %s", n.ns, num, p.ns),
 		fmt.Sprintf("-n %s link set v%d master pods up", n.ns, num))
-	w.ip(p.ns, fmt.Sprintf("addr add %v/24 dev eth0", p.addr), "link set eth0 up", fmt.Sprintf("route add default via 10.0.%d.1", nodeNum))
+	w.ip(p.ns, fmt.Sprintf("addr add %v/24 dev eth0", p.addr), fmt.Sprintf("addr add %v/64 dev eth0 nodad", p.addr6), "link set eth0 up",
+		fmt.Sprintf("route add default via 10.0.%d.1", nodeNum), fmt.Sprintf("-6 route add default via fd10:%d::1", nodeNum))
 	f, err := os.Open("/run/netns/" + p.ns)
 	if err != nil {
 		w.t.Fatal(err)
@@ -194,16 +205,26 @@ COMMIT
 COMMIT
 `
 
-// redirect sets the rules, with whichever iptables works on this kernel.
+// redirect sets the rules of both families, with whichever iptables works on
+// this kernel.
 func (p *pod) redirect() {
 	p.w.t.Helper()
-	_, err := command(p.w.ctx, redirection, p.in("iptables-restore", "-w", "10")...)
-	if err != nil {
-		p.w.t.Logf("iptables-restore: %v; trying iptables-legacy-restore", err)
-		if _, err = command(p.w.ctx, redirection, p.in("iptables-legacy-restore", "-w", "10")...); err != nil {
-			p.w.t.Fatal(err)
-		}
-	}
-	p.w.ip(p.ns, "route add local 0.0.0.0/0 dev lo table 100", "rule add fwmark 0x111/0xfff pref 32764 lookup 100")
+	rules6 := strings.NewReplacer("169.254.7.127/32", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff/128", "127.0.0.1/32", "::1/128").Replace(redirection)
+	p.restore("iptables", redirection)
+	p.restore("ip6tables", rules6)
+	p.w.ip(p.ns, "route add local 0.0.0.0/0 dev lo table 100", "rule add fwmark 0x111/0xfff pref 32764 lookup 100",
+		"-6 route add local ::/0 dev lo table 100", "-6 rule add fwmark 0x111/0xfff pref 32764 lookup 100")
 	p.captured = true
+}
+
+func (p *pod) restore(program, rules string) {
+	p.w.t.Helper()
+	_, err := command(p.w.ctx, rules, p.in(program+"-restore", "-w", "10")...)
+	if err == nil {
+		return
+	}
+	p.w.t.Logf("%v; trying the legacy program", err)
+	if _, err = command(p.w.ctx, rules, p.in(program+"-legacy-restore", "-w", "10")...); err != nil {
+		p.w.t.Fatal(err)
+	}
 }
