@@ -33,6 +33,7 @@ type conn struct {
 	wg       sync.WaitGroup
 	ready    chan struct{} // closed when the peer's SETTINGS have arrived
 	ended    chan struct{} // closed when the tunnel has failed or was closed
+	read     chan struct{} // closed when the reader has returned
 	dataSent atomic.Uint64
 	opened   atomic.Uint64   // streams opened by us
 	small    atomic.Int64    // small DATA frames that are queued
@@ -69,7 +70,7 @@ type conn struct {
 func newConn(cfg *Config, nc net.Conn, client, framed bool) *conn {
 	c := &conn{
 		cfg: cfg, client: client, bc: newBatchConn(nc, framed), log: cfg.Logger,
-		ready: make(chan struct{}), ended: make(chan struct{}),
+		ready: make(chan struct{}), ended: make(chan struct{}), read: make(chan struct{}),
 		streams: make(map[uint32]*stream), sendWindow: defaultWindow, peerInitial: defaultWindow,
 		peerStreams: maxStreamID, awayMax: maxStreamID,
 	}
@@ -281,8 +282,9 @@ func (c *conn) fail(err *ConnError, how ending) {
 
 func truncate(s string, n int) string { return s[:min(n, len(s))] }
 
-// finish waits for the tunnel's goroutines, after the reader has ended.
+// finish waits for the tunnel's goroutines after its end.
 func (c *conn) finish() {
+	<-c.read // it sees to the farewell
 	c.w.mu.Lock()
 	c.w.stopped = true
 	c.w.mu.Unlock()

@@ -82,6 +82,7 @@ func (r *reader) init(c *conn) {
 
 // readLoop runs until the tunnel ends. It blocks on nothing but its socket.
 func (c *conn) readLoop() {
+	defer close(c.read)
 	defer c.recovered("reader")
 	defer c.rd.releaseAll(c)
 	err := c.readFrames()
