@@ -34,7 +34,7 @@ func number(r *http.Request, name string, preset, least, most int) (int, error) 
 	}
 	n, err := strconv.Atoi(last(values))
 	if err != nil || n < least || n > most {
-		return 0, fmt.Errorf("invalid %s value; expected %d-%d\n", name, least, most)
+		return 0, fmt.Errorf("invalid %s value; expected %d-%d", name, least, most)
 	}
 	return n, nil
 }
@@ -47,7 +47,7 @@ func cpuProfile(w http.ResponseWriter, r *http.Request) {
 		_, err = number(r, "frequency", defaultProfileHz, 1, maxProfileHz)
 	}
 	if err != nil {
-		text(w, http.StatusBadRequest, err.Error())
+		text(w, http.StatusBadRequest, err.Error()+"\n")
 		return
 	}
 	var profile bytes.Buffer

@@ -35,6 +35,10 @@ const (
 // Server serves one handler over HTTP/1.1 without TLS. Use New, NewStats or
 // NewReadiness to get one.
 type Server struct {
+	// HeaderTimeout bounds the reading of a request's header; New… set it to 2 s.
+	// It may be changed before Serve.
+	HeaderTimeout time.Duration
+
 	component string
 	handler   http.Handler
 	drain     time.Duration
@@ -45,7 +49,7 @@ func newServer(component string, h http.Handler, drain time.Duration, log *slog.
 	if drain == 0 {
 		drain = DefaultDrain
 	}
-	return &Server{component: component, handler: h, drain: drain, log: orDiscard(log).With("component", component)}
+	return &Server{HeaderTimeout: headerTimeout, component: component, handler: h, drain: drain, log: orDiscard(log).With("component", component)}
 }
 
 func orDiscard(log *slog.Logger) *slog.Logger {
@@ -74,7 +78,7 @@ func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 	srv := &http.Server{
 		Handler:           s.handler,
 		Protocols:         &protocols,
-		ReadHeaderTimeout: headerTimeout,
+		ReadHeaderTimeout: s.HeaderTimeout,
 		ReadTimeout:       requestTimeout,
 		WriteTimeout:      responseTimeout,
 		IdleTimeout:       idleTimeout,

@@ -14,7 +14,6 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -101,10 +100,6 @@ func withWorkload(change func(*state.Workload)) nodeOption {
 }
 
 func withConfig(change func(*Config)) nodeOption { return func(p *nodeParts) { change(&p.cfg) } }
-
-func withProvider(provider ca.Provider) nodeOption {
-	return func(p *nodeParts) { p.provider = provider }
-}
 
 // uncaptured makes a pod without a proxy.
 func uncaptured(p *nodeParts) {
@@ -401,14 +396,6 @@ func (n *node) wantMetric(want float64, name string, labels map[string]string) {
 	if got := n.metric(name, labels); got != want {
 		n.m.t.Errorf("%s: %s%v = %v, want %v", n.w.Name, name, labels, got, want)
 	}
-}
-
-// settle lets d of the bubble's time pass.
-func settle(t *testing.T, d time.Duration) {
-	t.Helper()
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	<-timer.C
 }
 
 // dialer connects to n's HBONE listener from an address of no node.

@@ -318,7 +318,7 @@ func dumpPolicy(p *Policy) PolicyDump {
 }
 
 func dumpMatch(m Match) matchDump {
-	account := func(a ServiceAccountMatch) accountDump { return accountDump{a.Namespace, a.ServiceAccount} }
+	account := func(a ServiceAccountMatch) accountDump { return accountDump(a) }
 	return matchDump{
 		DestinationIPs:      m.DestinationIPs,
 		DestinationPorts:    m.DestinationPorts,

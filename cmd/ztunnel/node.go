@@ -209,7 +209,13 @@ func (n *node) newServers(registry *prometheus.Registry) (err error) {
 			}
 		},
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	for _, s := range []*admin.Server{n.admin, n.stats, n.readiness} {
+		s.HeaderTimeout = n.cfg.Timeouts.HTTPHeader
+	}
+	return nil
 }
 
 // listen opens every listener: a bind error ends the start (spec §6.2).
