@@ -192,12 +192,13 @@ func execute(ctx context.Context, o options, stdout, stderr io.Writer) (err erro
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
 	b := &bench{options: o, world: w, log: stderr, plan: rows}
-	if err := b.run(ctx); err != nil {
-		return err
-	}
+	runErr := b.run(ctx)
 	r := b.report()
 	if _, err := io.WriteString(stdout, r.table()); err != nil {
 		return fmt.Errorf("print the table: %w", err)
+	}
+	if runErr != nil {
+		return fmt.Errorf("the run was cut short, no files were written: %w", runErr)
 	}
 	if o.json != "" {
 		if err := r.writeJSON(o.json); err != nil {

@@ -26,7 +26,7 @@ const (
 	loadPing      = "ping"      // messages of MessageSize to and fro on Streams connections for Duration
 	loadConnect   = "connect"   // Count short connections, Streams at a time, one byte each way
 	loadIdle      = "idle"      // Count connections, opened Streams at a time and kept
-	loadStall     = "stall"     // one ping stream, alone and then beside Streams streams that are never read
+	loadStall     = "stall"     // one ping stream: alone, beside Streams streams that are never read, and alone again
 	loadHandshake = "handshake" // Count bare TLS handshakes, Streams at a time
 )
 
@@ -40,6 +40,7 @@ type loadSpec struct {
 	Limit       time.Duration `json:",omitempty"` // a bulk run sends no more after this time
 	Duration    time.Duration `json:",omitempty"` // of a ping run
 	MessageSize int           `json:",omitempty"` // of a ping
+	Every       time.Duration `json:",omitempty"` // pause between the starts of connections; 0 for none
 	Sources     netip.Addr    `json:",omitzero"`  // first source address; the i-th connection binds to the i-th after it
 	Credentials string        `json:",omitempty"` // file, for handshakes
 }
@@ -51,7 +52,7 @@ type loadResult struct {
 	Ops        int64   `json:",omitempty"` // round trips, connections or handshakes
 	P50        float64 `json:",omitempty"` // µs
 	P99        float64 `json:",omitempty"` // µs
-	AloneRate  float64 `json:",omitempty"` // stall: round trips per second before the stalled streams
+	AloneRate  float64 `json:",omitempty"` // stall: round trips per second without them, before and after
 	BesideRate float64 `json:",omitempty"` // stall: round trips per second beside them
 	Stuck      int64   `json:",omitempty"` // stall: bytes that the stalled streams took
 	Congestion string
@@ -337,11 +338,23 @@ func pingOne(conn *net.TCPConn, size int, end time.Time) ([]float64, error) {
 func (l *loader) repeat(ctx context.Context, f func(ctx context.Context, i int) error) (int64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	pace := func() {}
+	if l.spec.Every > 0 {
+		tick := time.NewTicker(l.spec.Every)
+		defer tick.Stop()
+		pace = func() {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+			}
+		}
+	}
 	var next, done atomic.Int64
 	var group sync.WaitGroup
 	for range l.spec.Streams {
 		group.Go(func() {
 			for i := int(next.Add(1)) - 1; i < l.spec.Count && ctx.Err() == nil; i = int(next.Add(1)) - 1 {
+				pace()
 				if err := f(ctx, i); err != nil {
 					cancel(fmt.Errorf("connection %d of %d: %w", i+1, l.spec.Count, err))
 					return
@@ -389,7 +402,8 @@ func (l *loader) handshake(ctx context.Context, i int) error {
 	return err
 }
 
-// stall measures the ping stream alone, fills Streams streams whose application never reads, and measures again.
+// stall measures the ping stream alone, fills Streams streams whose application never reads, measures beside them,
+// releases them and measures alone again: what else the machine does then weighs on both figures.
 func (l *loader) stall(ctx context.Context, result *loadResult) error {
 	pinger := l.conns[:1]
 	rate := func() (float64, error) {
@@ -399,8 +413,8 @@ func (l *loader) stall(ctx context.Context, result *loadResult) error {
 		}
 		return float64(len(times)) / took.Seconds(), err
 	}
-	var err error
-	if result.AloneRate, err = rate(); err != nil {
+	before, err := rate()
+	if err != nil {
 		return err
 	}
 	if err := l.open(ctx, l.spec.Streams, func(int) []byte { return []byte{cmdStall} }); err != nil {
@@ -416,11 +430,14 @@ func (l *loader) stall(ctx context.Context, result *loadResult) error {
 	if result.BesideRate, err = rate(); err != nil {
 		return err
 	}
-	// Where nothing comes through any more, the measured rate has told; the next release frees what stays held.
-	if release, err := l.ordered(ctx, 0, []byte{cmdRelease}); err == nil {
-		return release.Close()
+	release, err := l.ordered(ctx, 0, []byte{cmdRelease})
+	if err != nil {
+		return fmt.Errorf("release the stalled streams over the same chain: %w", err)
 	}
-	return nil
+	defer release.Close()
+	after, err := rate()
+	result.AloneRate = (before + after) / 2
+	return err
 }
 
 // fill writes until conn takes no more and returns how many bytes it took.

@@ -42,8 +42,8 @@ that ratios mean something on a machine that is shared or slow. Absolute figures
 | connect | %d connections, %d at a time, one byte each way |
 | idle-streams | growth of the resident size by %d idle streams |
 | idle-tunnels | growth by %d idle tunnels with one stream each (source addresses of their own) |
-| stalled-N | ping rate on a tunnel with N streams whose application never reads, relative to the rate before |
-| handshake | CPU of both proxies for a connection that needs a new tunnel, less that of one over the tunnel, %d times |
+| stalled-N | ping rate on a tunnel with N streams whose application never reads, relative to the mean of the rates before and after |
+| handshake | CPU of both proxies for a connection that needs a new tunnel, less that of one over the tunnel at the same pace, %d times |
 
 Not measured: a real network card and round-trip times, more cores, original source addresses (ENABLE_ORIG_SRC is
 off), IPv6, waypoints, certificate renewal under load, and how other implementations do on this machine.

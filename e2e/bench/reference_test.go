@@ -195,6 +195,16 @@ func TestLoad_Stall(t *testing.T) {
 	}
 }
 
+// Connections start no faster than they are told to.
+func TestLoad_Pace(t *testing.T) {
+	target := startServer(t, new(application).handle)
+	const count, every = 5, 20 * time.Millisecond
+	got := runLoad(t, loadSpec{Kind: loadConnect, Target: target, Streams: 3, Count: count, Every: every})
+	if least := (count * every).Seconds(); got.Ops != count || got.Seconds < least {
+		t.Errorf("paced load: got %d connections in %.3f s, want %d in at least %.3f s", got.Ops, got.Seconds, count, least)
+	}
+}
+
 func runLoad(t *testing.T, spec loadSpec) loadResult {
 	t.Helper()
 	l := &loader{spec: spec}
