@@ -105,9 +105,9 @@ func text(t *testing.T, m *ca.Manager, want string) {
 	}
 }
 
-// TestID_15_ExpiredIsNeverHandedOut: the SVID goes at its NotAfter, whatever
+// TestID_ID15_ExpiredIsNeverHandedOut: the SVID goes at its NotAfter, whatever
 // the provider does.
-func TestID_15_ExpiredIsNeverHandedOut(t *testing.T) {
+func TestID_ID15_ExpiredIsNeverHandedOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := catest.NewProvider("fake")
 		m := catest.RunManager(t, catest.Fixed{p}, ca.ManagerConfig{})
@@ -278,8 +278,8 @@ func TestLinger(t *testing.T) {
 	}
 }
 
-// TestID_10_ReleaseWhileWaiting: whoever waits on a released lease hears so.
-func TestID_10_ReleaseWhileWaiting(t *testing.T) {
+// TestID_ID10_ReleaseWhileWaiting: whoever waits on a released lease hears so.
+func TestID_ID10_ReleaseWhileWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := catest.RunManager(t, catest.Fixed{catest.NewProvider("fake")}, ca.ManagerConfig{Linger: -1})
 		l := m.Acquire(ca.WorkloadRef{ID: web})
@@ -329,213 +329,8 @@ func TestPerWorkloadKeys(t *testing.T) {
 	})
 }
 
-// TestTrustOfSeveralProviders: a lease trusts its own bundles and those of
-// every other listed provider, and its epoch says when they change.
-func TestTrustOfSeveralProviders(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		first, second := catest.NewProvider("first"), catest.NewProvider("second")
-		m := catest.RunManager(t, catest.Fixed{first, second}, ca.ManagerConfig{})
-		a, b := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
-		ref := ca.WorkloadRef{ID: web}
-		first.Set(first.Key(ref), available(a.SVID(t, web)))
-		l := m.Acquire(ref)
-		defer l.Release()
-		alone, err := now(t, l)
-		if err != nil {
-			t.Fatal(err)
-		}
-		foreign, _ := b.Leaf(t, other.String())
-		if _, err := ca.VerifySVID(foreign, alone.Bundles, ca.VerifyOptions{}); err == nil {
-			t.Fatal("the other CA is trusted before it is known")
-		}
-		changed := l.Changed()
-		second.SetBundles(b.Bundles(ca.Compatible))
-		synctest.Wait()
-		select {
-		case <-changed:
-		default:
-			t.Error("Changed says nothing of new bundles")
-		}
-		both, err := now(t, l)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := ca.VerifySVID(foreign, both.Bundles, ca.VerifyOptions{}); err != nil {
-			t.Errorf("the other CA: %v", err)
-		}
-		if both.Epoch() == alone.Epoch() || both.Cert != alone.Cert {
-			t.Error("want another epoch with the same certificate")
-		}
-		// The same content again is no change.
-		second.SetBundles(b.Bundles(ca.Compatible))
-		if again, _ := now(t, l); again != both {
-			t.Error("unchanged bundles made a new SVID")
-		}
-		// An ordinary renewal keeps bundles, generation and epoch.
-		first.Set(first.Key(ref), available(a.SVID(t, web)))
-		renewed, err := now(t, l)
-		if err != nil || renewed.Cert == both.Cert {
-			t.Fatalf("not renewed: %v, %v", renewed, err)
-		}
-		if renewed.Epoch() != both.Epoch() || renewed.Bundles.Generation != both.Bundles.Generation {
-			t.Error("an ordinary renewal changed the epoch or the generation")
-		}
-		// The other provider goes: so do its anchors.
-		m.Replace(catest.Fixed{first})
-		if svid, err := now(t, l); err != nil || !svid.Bundles.Equal(alone.Bundles) {
-			t.Errorf("after its removal: %v, %v, want the own bundles", svid, err)
-		}
-		if second.Running() {
-			t.Error("the removed provider runs")
-		}
-	})
-}
-
-func TestEpoch(t *testing.T) {
-	td := catest.NewCA(t, "td.test")
-	inter := td.Intermediate(t)
-	base := td.SVID(t, web)
-	tests := []struct {
-		name string
-		svid *ca.SVID
-		same bool
-	}{
-		{"renewal", td.SVID(t, web), true},
-		{"other identity of the same issuer", td.SVID(t, other), true},
-		{"other issuer", inter.SVIDWith(t, web, base.Bundles), false},
-		{"other bundles", td.SVIDWith(t, web, catest.NewWorld(t).Bundles(ca.Strict)), false},
-		{"other mode", td.SVIDWith(t, web, td.Bundles(ca.Compatible)), false},
-	}
-	for _, tt := range tests {
-		if got := tt.svid.Epoch() == base.Epoch(); got != tt.same {
-			t.Errorf("%s: same epoch %v, want %v", tt.name, got, tt.same)
-		}
-	}
-	moved := *base
-	moved.Provider = "elsewhere"
-	if moved.Epoch() == base.Epoch() {
-		t.Error("other provider: same epoch")
-	}
-}
-
-// TestLiveMove: make before break.
-func TestLiveMove(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		from, to := catest.NewProvider("from"), catest.NewPerWorkload("to")
-		m := catest.RunManager(t, catest.Fixed{from}, ca.ManagerConfig{})
-		td := catest.NewCA(t, "td.test")
-		ref := ca.WorkloadRef{ID: web, UID: "u1"}
-		old := td.SVID(t, web)
-		from.Set(from.Key(ref), available(old))
-		l := m.Acquire(ref)
-		waiting := m.Acquire(ca.WorkloadRef{ID: other, UID: "u2"}) // has nothing to keep
-		if svid, err := now(t, l); svid != old {
-			t.Fatalf("got %v, %v", svid, err)
-		}
-
-		m.Replace(catest.Fixed{to})
-		synctest.Wait()
-		if svid, err := now(t, l); svid != old {
-			t.Errorf("before the new provider answered: %v, %v, want the old SVID", svid, err)
-		}
-		if !from.Running() || from.Watches()[from.Key(ref)] != 1 || to.Watches()[to.Key(ref)] != 1 {
-			t.Error("want both watches during the move")
-		}
-		if from.Watches()[ca.Key{Provider: "from", ID: other}] != 0 {
-			t.Error("a lease without an SVID did not move at once")
-		}
-		// The new one fails: the old stays, and is renewed.
-		to.Set(to.Key(ref), ca.Event{State: ca.Unavailable, Err: errors.New("no")})
-		renewed := td.SVID(t, web)
-		from.Set(from.Key(ref), available(renewed))
-		if svid, err := now(t, l); err != nil || svid.Cert != renewed.Cert {
-			t.Errorf("during the move: %v, %v, want the renewed SVID of the old provider", svid, err)
-		}
-		// A wrong one of the new provider does not end the old either.
-		to.Set(to.Key(ref), available(td.SVID(t, other)))
-		if svid, err := now(t, l); err != nil || svid.Cert != renewed.Cert {
-			t.Errorf("wrong SVID: %v, %v, want the old one", svid, err)
-		}
-		next := td.SVID(t, web)
-		to.Set(to.Key(ref), available(next))
-		if svid, err := now(t, l); svid != next {
-			t.Errorf("after the move: %v, %v, want the new SVID", svid, err)
-		}
-		if from.Running() || len(from.Watches()) != 0 {
-			t.Errorf("the old provider still runs (%v)", from.Watches())
-		}
-		waiting.Release()
-		l.Release()
-		synctest.Wait()
-		if n := len(to.Watches()); n != 0 {
-			t.Errorf("%d watches at the end, want none", n)
-		}
-	})
-}
-
-// TestLiveMoveTurnsBack: a second Replace undoes a move under way, and a move
-// whose old SVID expires goes on without it.
-func TestLiveMoveTurnsBack(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		from, to := catest.NewProvider("from"), catest.NewProvider("to")
-		m := catest.RunManager(t, catest.Fixed{from}, ca.ManagerConfig{})
-		td := catest.NewCA(t, "td.test")
-		ref := ca.WorkloadRef{ID: web}
-		old := td.SVID(t, web, catest.Life(time.Hour))
-		from.Set(from.Key(ref), available(old))
-		l := m.Acquire(ref)
-		defer l.Release()
-		synctest.Wait()
-		m.Replace(catest.Fixed{to})
-		synctest.Wait()
-		m.Replace(catest.Fixed{from})
-		if svid, err := now(t, l); svid != old {
-			t.Errorf("turned back: %v, %v", svid, err)
-		}
-		if to.Running() || len(to.Watches()) != 0 {
-			t.Error("the abandoned provider still runs")
-		}
-		m.Replace(catest.Fixed{to})
-		sleep(time.Hour)
-		if from.Running() {
-			t.Error("the old SVID has expired, and its provider still runs")
-		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		if _, err := l.SVID(ctx); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("got %v, want a wait for the new provider", err)
-		}
-	})
-}
-
-type noRouter struct{}
-
-func (noRouter) For(ca.WorkloadRef) ca.Provider { return nil }
-func (noRouter) All() []ca.Provider             { return nil }
-
-func TestNoProvider(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		m := catest.RunManager(t, noRouter{}, ca.ManagerConfig{})
-		l := m.Acquire(ca.WorkloadRef{ID: web, Namespace: "a"})
-		defer l.Release()
-		if _, err := now(t, l); err == nil || !strings.Contains(err.Error(), "no certificate provider serves") {
-			t.Errorf("got %v, want an error about the provider", err)
-		}
-		p := catest.NewProvider("late")
-		p.Set(p.Key(l.Ref()), available(catest.NewCA(t, "td.test").SVID(t, web)))
-		m.Replace(catest.Fixed{p})
-		if _, err := now(t, l); err != nil {
-			t.Errorf("after Replace: %v", err)
-		}
-		m.Replace(noRouter{})
-		if _, err := now(t, l); err == nil {
-			t.Error("the lease of a route that is gone still has an SVID")
-		}
-	})
-}
-
-// TestID_09_RunEnds: everything ends with the manager, and leases know it.
-func TestID_09_RunEnds(t *testing.T) {
+// TestID_ID09_RunEnds: everything ends with the manager, and leases know it.
+func TestID_ID09_RunEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := catest.NewProvider("fake")
 		m := ca.NewManager(catest.Fixed{p}, ca.ManagerConfig{})

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// TestTL_02_Expiration is TL-02: the arithmetic of half-life.
-func TestTL_02_Expiration(t *testing.T) {
+// TestID_TL02_Expiration is TL-02: the arithmetic of half-life.
+func TestID_TL02_Expiration(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	at := func(d time.Duration) time.Time { return now.Add(d) }
 	tests := []struct {

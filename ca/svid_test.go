@@ -20,9 +20,9 @@ import (
 	"github.com/ztunnel-go/ztunnel/ca/catest"
 )
 
-// TestID_01_ParseIdentity is ID-01, with empty parts and foreign characters
+// TestID_ID01_ParseIdentity is ID-01, with empty parts and foreign characters
 // refused (design D19).
-func TestID_01_ParseIdentity(t *testing.T) {
+func TestID_ID01_ParseIdentity(t *testing.T) {
 	tests := []struct {
 		in, ns, sa string
 		ok         bool

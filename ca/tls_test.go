@@ -24,9 +24,9 @@ func clientTLS(t testing.TB, svid *ca.SVID, opts ca.TLSOptions, expected ...spif
 	return conf
 }
 
-// TestTL_Identities is the matrix of identities and aliases (design D2; cases
+// TestTLSIdentities is the matrix of identities and aliases (design D2; cases
 // 60 and 61): the client's expectation, and the server's trust domain.
-func TestTL_Identities(t *testing.T) {
+func TestTLSIdentities(t *testing.T) {
 	td := func(s string) spiffeid.TrustDomain { return catest.TrustDomain(s) }
 	id := func(s string) spiffeid.ID { return catest.ID("spiffe://" + s) }
 	const mesh, alias, foreign = "mesh.test", "old.test", "foreign.test"
@@ -112,8 +112,8 @@ func TestClientTLSErrors(t *testing.T) {
 	}
 }
 
-// TestTL_09 is TL-09 as design D1 amends it.
-func TestTL_09_Rules(t *testing.T) {
+// TestID_TL09_Rules is TL-09 as design D1 amends it.
+func TestID_TL09_Rules(t *testing.T) {
 	td := catest.NewCA(t, "td.test")
 	svid := td.SVID(t, web)
 
@@ -163,8 +163,8 @@ func TestTL_09_Rules(t *testing.T) {
 	})
 }
 
-// TestTL_Alerts is design D3: which alert the peer sees. Case 50 is among them.
-func TestTL_Alerts(t *testing.T) {
+// TestTLSAlerts is design D3: which alert the peer sees. Case 50 is among them.
+func TestTLSAlerts(t *testing.T) {
 	td := catest.NewCA(t, "td.test")
 	svid := td.SVID(t, web)
 	stranger := catest.NewCA(t, "td.test").SVIDWith(t, web, svid.Bundles)
@@ -191,8 +191,8 @@ func TestTL_Alerts(t *testing.T) {
 	}
 }
 
-// TestTL_Options: versions, suites and groups.
-func TestTL_Options(t *testing.T) {
+// TestTLSOptions: versions, suites and groups.
+func TestTLSOptions(t *testing.T) {
 	svid := catest.NewCA(t, "td.test").SVID(t, web)
 	classic := func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.X25519, tls.CurveP256} }
 	tests := []struct {
@@ -237,9 +237,9 @@ func TestTL_Options(t *testing.T) {
 	}
 }
 
-// TestTL_01_Chain is TL-01: the leaf and two intermediates are presented, the
+// TestID_TL01_Chain is TL-01: the leaf and two intermediates are presented, the
 // root is not.
-func TestTL_01_Chain(t *testing.T) {
+func TestID_TL01_Chain(t *testing.T) {
 	td := catest.NewCA(t, "td.test")
 	below := td.Intermediate(t).Intermediate(t)
 	chain, key := below.Leaf(t, web.String())
@@ -258,9 +258,9 @@ func TestTL_01_Chain(t *testing.T) {
 	}
 }
 
-// TestTL_05_MultiRoot is TL-05: during a rotation certificates of both roots
+// TestID_TL05_MultiRoot is TL-05: during a rotation certificates of both roots
 // work together.
-func TestTL_05_MultiRoot(t *testing.T) {
+func TestID_TL05_MultiRoot(t *testing.T) {
 	old := catest.NewCA(t, "td.test")
 	next := old.Renewed(t)
 	both := ca.NewBundles(map[spiffeid.TrustDomain][]ca.Anchor{old.TrustDomain: {old.Anchor(ca.Strict), next.Anchor(ca.Strict)}})

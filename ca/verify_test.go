@@ -30,9 +30,9 @@ func rule(t *testing.T, err error) string {
 	return v.Rule
 }
 
-// TestTL_55_Matrix is case 55: every hostile certificate, presented by a client
+// TestFaults_55_Matrix is case 55: every hostile certificate, presented by a client
 // and by a server, under both modes.
-func TestTL_55_Matrix(t *testing.T) {
+func TestFaults_55_Matrix(t *testing.T) {
 	w := catest.NewWorld(t)
 	cases := w.Cases(t)
 	refused := 0
@@ -160,8 +160,8 @@ func connectStates(t *testing.T, client, server *tls.Config) (cs, ss tls.Connect
 	return cs, ss, clientErr, serverErr
 }
 
-// TestTL_56_ConfusedIdentity is case 56.
-func TestTL_56_ConfusedIdentity(t *testing.T) {
+// TestFaults_56_ConfusedIdentity is case 56.
+func TestFaults_56_ConfusedIdentity(t *testing.T) {
 	w := catest.NewWorld(t)
 	good, victim := "spiffe://td.test/ns/a/sa/good", "spiffe://td.test/ns/a/sa/victim"
 	for _, uris := range [][]string{{good, victim}, {victim, good}, {good, good}} {
@@ -179,9 +179,9 @@ func TestTL_56_ConfusedIdentity(t *testing.T) {
 	}
 }
 
-// TestTL_57_BundlePerTrustDomain is case 57: a federated root cannot speak for
+// TestFaults_57_BundlePerTrustDomain is case 57: a federated root cannot speak for
 // our trust domain, nor for a third one.
-func TestTL_57_BundlePerTrustDomain(t *testing.T) {
+func TestFaults_57_BundlePerTrustDomain(t *testing.T) {
 	w := catest.NewWorld(t)
 	for _, id := range []string{"spiffe://td.test/ns/a/sa/b", "spiffe://nobody.test/ns/a/sa/b"} {
 		chain, _ := w.Other.Leaf(t, id)
@@ -192,9 +192,9 @@ func TestTL_57_BundlePerTrustDomain(t *testing.T) {
 	}
 }
 
-// TestTL_58_SharedKey is case 58: one CA key in two bundles signs for both
+// TestFaults_58_SharedKey is case 58: one CA key in two bundles signs for both
 // trust domains, and each certificate counts for the one that it names.
-func TestTL_58_SharedKey(t *testing.T) {
+func TestFaults_58_SharedKey(t *testing.T) {
 	w := catest.NewWorld(t)
 	a, b := catest.TrustDomain("td.test"), catest.TrustDomain("twin.test")
 	both := ca.NewBundles(map[spiffeid.TrustDomain][]ca.Anchor{a: {w.Own.Anchor(ca.Strict)}, b: {w.Own.Anchor(ca.Strict)}})

@@ -8,9 +8,9 @@ import (
 
 var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// TestID_17_Delays is ID-17: the bounds of the identity spec §1.7, with the
+// TestID_ID17_Delays is ID-17: the bounds of the identity spec §1.7, with the
 // budget of 15 minutes.
-func TestID_17_Delays(t *testing.T) {
+func TestID_ID17_Delays(t *testing.T) {
 	bases := []float64{1, 2, 4, 8, 16, 32, 64, 128, 150, 150, 150}
 	for range 50 {
 		s := Policy{}.New()
