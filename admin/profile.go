@@ -81,7 +81,7 @@ func heapProfiling(w http.ResponseWriter, r *http.Request) {
 func goroutines(w http.ResponseWriter, r *http.Request) {
 	form, err := number(r, "debug", 0, 0, 2)
 	if err != nil {
-		text(w, http.StatusBadRequest, err.Error())
+		text(w, http.StatusBadRequest, err.Error()+"\n")
 		return
 	}
 	lookup(w, "goroutine", form)
