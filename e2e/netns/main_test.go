@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -28,7 +29,7 @@ func TestMain(m *testing.M) {
 		removeLeftovers()
 	}
 	var err error
-	if buildDir, err = os.MkdirTemp("", prefix+"build-"); err != nil {
+	if buildDir, err = os.MkdirTemp("", fmt.Sprintf("%s%d-build-", prefix, os.Getpid())); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -53,11 +54,27 @@ const prefix = "zt-"
 // removeLeftovers removes what runs that no longer live have left behind.
 func removeLeftovers() {
 	for _, name := range namespaces() {
-		pid, err := strconv.Atoi(strings.Split(strings.TrimPrefix(name, prefix), "-")[0])
-		if err == nil && errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
+		if ownerGone(name) {
 			removeNamespace(name)
 		}
 	}
+	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*-build-*"))
+	for _, dir := range dirs {
+		if ownerGone(filepath.Base(dir)) {
+			_ = os.RemoveAll(dir)
+		}
+	}
+}
+
+// ownerGone tells whether the run that name is called after has ended. A
+// process that has ended and was not waited for has no executable either.
+func ownerGone(name string) bool {
+	pid, err := strconv.Atoi(strings.Split(strings.TrimPrefix(name, prefix), "-")[0])
+	if err != nil {
+		return false
+	}
+	_, err = os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 func removeNamespaces(pid int) {
