@@ -71,13 +71,13 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	if err := n.loadState(registry); err != nil {
 		return nil, err
 	}
-	n.certs = ca.NewManager(single{parts.provider}, ca.ManagerConfig{Linger: cfg.CA.Linger, Logger: n.slog})
+	n.certs = ca.NewManager(single{parts.provider}, ca.ManagerConfig{Linger: explicit(cfg.CA.Linger), Validation: validation, Logger: n.slog})
 	tolerated := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "istio_svid_compatible_accept", Help: "The number of peer certificates accepted although they break a SPIFFE rule (unstable)",
 	}, []string{"rule"})
 	registry.MustRegister(tolerated)
 	n.proxy, err = proxy.New(dataPathConfig(cfg, n, parts.network, proxy.NewMetrics(registry, proxy.MetricsConfig{
-		Idle: idleTimeout(cfg.Metrics.IdleTimeout), MaxSeries: cfg.Metrics.MaxSeries,
+		Idle: explicit(cfg.Metrics.IdleTimeout), MaxSeries: cfg.Metrics.MaxSeries,
 	}), ca.TLSOptions{
 		TLS12: cfg.TLS.AllowTLS12, PQC: cfg.TLS.PostQuantum, DefaultTrustDomain: td, Aliases: aliases, Validation: validation,
 		Tolerated: func(rule string) { tolerated.WithLabelValues(rule).Inc() },
@@ -88,9 +88,9 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	return n, n.newServers(registry)
 }
 
-// idleTimeout is a duration of which 0 means never, for metric, where it means
-// the default.
-func idleTimeout(d time.Duration) time.Duration {
+// explicit is a duration of which 0 is meant, for packages in which 0 means the
+// default and a negative one means what 0 means here.
+func explicit(d time.Duration) time.Duration {
 	if d == 0 {
 		return -1
 	}
