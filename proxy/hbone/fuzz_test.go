@@ -6,8 +6,10 @@ import (
 	"crypto/tls"
 	"io"
 	"net"
+	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 // frameSeeds has one sequence per frame type, as the peer of a server or client
@@ -77,16 +79,17 @@ func FuzzClientFrames(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte) {
 		synctest.Test(t, func(t *testing.T) {
 			var stats Stats
+			var wg sync.WaitGroup
 			pool := NewPool(PoolConfig[string]{Config: Config{Stats: &stats}, Dial: func(context.Context, string) (net.Conn, *tls.Config, error) {
 				c, s := net.Pipe()
-				go func() {
+				wg.Go(func() {
 					defer s.Close()
 					go io.Copy(io.Discard, s)
 					_, _ = s.Write(appendSettings(nil))
-					synctest.Wait() // for CONNECT
+					time.Sleep(time.Millisecond) // until CONNECT is sent
 					_, _ = s.Write(in)
-					synctest.Wait()
-				}()
+					time.Sleep(time.Millisecond)
+				})
 				return c, nil, nil
 			}})
 			if st, err := pool.Open(context.Background(), "a", "a:1"); err == nil {
@@ -95,6 +98,7 @@ func FuzzClientFrames(f *testing.F) {
 				st.Close()
 			}
 			pool.Close()
+			wg.Wait()
 			if n := stats.Panics.Load(); n != 0 {
 				t.Fatalf("%d panics", n)
 			}
