@@ -17,7 +17,7 @@ import (
 )
 
 // tcpPair is both ends of a real TCP connection over loopback.
-func tcpPair(t *testing.T) (client, server netns.Conn) {
+func tcpPair(t testing.TB) (client, server netns.Conn) {
 	t.Helper()
 	network := netns.NewHost(netns.HostConfig{OriginalSource: netns.OriginalSourceOff})
 	ln, err := network.Listen(t.Context(), netip.MustParseAddrPort("127.0.0.1:0"))
