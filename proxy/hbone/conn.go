@@ -160,12 +160,12 @@ func (c *conn) pingAck(data [8]byte) {
 	case data == drainData && c.drainPing:
 		c.drainPing = false
 		c.awayMax = c.lastID
-		c.queueLocked2(appendGoAway(nil, c.lastID, ErrNo, ""))
+		c.queueFrame(appendGoAway(nil, c.lastID, ErrNo, ""))
 	}
 }
 
-// queueLocked2 queues an encoded control frame.
-func (c *conn) queueLocked2(frame []byte) {
+// queueFrame queues a control frame that is encoded already.
+func (c *conn) queueFrame(frame []byte) {
 	c.queue(false, func(b []byte) []byte { return append(b, frame...) })
 }
 
@@ -186,11 +186,11 @@ func (c *conn) drain() {
 	}
 	c.draining, c.away = true, true
 	if c.client {
-		c.queueLocked2(appendGoAway(nil, 0, ErrNo, ""))
+		c.queueFrame(appendGoAway(nil, 0, ErrNo, ""))
 	} else {
 		c.drainPing = true
-		c.queueLocked2(appendGoAway(nil, maxStreamID, ErrNo, ""))
-		c.queueLocked2(appendPing(nil, false, drainData))
+		c.queueFrame(appendGoAway(nil, maxStreamID, ErrNo, ""))
+		c.queueFrame(appendPing(nil, false, drainData))
 	}
 	c.mu.Unlock()
 	if c.onAway != nil {

@@ -25,8 +25,6 @@ var (
 	ErrExpired = errors.New("certificate of the tunnel expired")
 
 	errHandlerQuit = errors.New("handler returned without a reply")
-	errIdle        = errors.New("tunnel idle")
-	errRetired     = errors.New("tunnel retired")
 	errNoStreams   = errors.New("tunnel takes no new streams")
 	errAnswered    = errors.New("request was answered already")
 )

@@ -3,6 +3,7 @@ package hbone
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"runtime"
 	"sync"
@@ -67,8 +68,8 @@ func TestD11_HonestResets(t *testing.T) {
 
 // An idle stream holds no buffers.
 func TestIdleMemory(t *testing.T) {
-	if testing.Short() {
-		t.Skip("opens thousands of sockets")
+	if testing.Short() || raceEnabled {
+		t.Skip("measures memory")
 	}
 	w := newPipeWorld(t, worldConfig{})
 	defer w.close()
@@ -82,6 +83,31 @@ func TestIdleMemory(t *testing.T) {
 	t.Logf("%.1f KB per idle stream and proxy, test sockets included", per/1024)
 	if per > 10<<10 {
 		t.Errorf("an idle stream costs %.0f bytes, want at most 10 KB", per)
+	}
+}
+
+// An idle tunnel holds no buffers either.
+func TestIdleTunnelMemory(t *testing.T) {
+	if testing.Short() || raceEnabled {
+		t.Skip("measures memory")
+	}
+	w := newWorld(t, worldConfig{tcp: true, handler: func(_ context.Context, r *Request) {
+		if st, err := r.Accept(); err == nil {
+			_, _ = st.Read(make([]byte, 1))
+			st.Close()
+		}
+	}})
+	defer w.close()
+	const n = 50
+	w.open("warm")
+	before := memory()
+	for i := range n {
+		w.open(fmt.Sprint(i))
+	}
+	per := float64(memory()-before) / (2 * n) // both ends are in this process
+	t.Logf("%.1f KB per idle tunnel and proxy, with one stream", per/1024)
+	if per > 50<<10 {
+		t.Errorf("an idle tunnel costs %.0f bytes, want at most 50 KB", per)
 	}
 }
 

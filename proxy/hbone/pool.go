@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"log/slog"
 	"net"
 	"sync"
 	"time"
@@ -40,16 +41,6 @@ type Pool[K comparable] struct {
 	closed error                   // no new streams
 	wg     sync.WaitGroup          // dials and the lives of tunnels
 	stats  PoolStats
-}
-
-// PoolStats is a snapshot of a pool.
-type PoolStats struct {
-	Keys    int    // keys with a tunnel or a dial
-	Tunnels int    // open tunnels, also those that only wait for their last stream
-	Streams int    // streams on them, answered or not
-	Dialing int    // dials in progress
-	Dialed  uint64 // tunnels ever established
-	Closed  uint64 // of those, closed
 }
 
 // poolKey is the state of one key. It exists while it holds something.
@@ -97,6 +88,10 @@ func NewPool[K comparable](cfg PoolConfig[K]) *Pool[K] {
 	}
 }
 
+// maxUseless is how many fresh tunnels in a row may turn out to take no streams
+// before Open gives up.
+const maxUseless = 3
+
 // Open opens a stream to authority on a tunnel of key, dialling one if need be,
 // and waits for the answer. fields are sent with CONNECT. An answer other than
 // 200 is a *StatusError. A stream that the peer refused unprocessed is tried
@@ -109,19 +104,27 @@ func (p *Pool[K]) Open(ctx context.Context, key K, authority string, fields ...F
 		return nil, err
 	}
 	var avoid *tunnel[K]
+	useless := 0 // tunnels that took no streams from the start: the peer is going away
 	for {
 		t, err := p.reserve(ctx, key, avoid)
-		if err != nil {
-			return nil, err
-		}
-		st, err := t.c.open(ctx, authority, fields, t.streamEnded)
+		var st *stream
 		if err == nil {
-			return st, nil
+			if st, err = t.c.open(ctx, authority, fields, t.streamEnded); err == nil {
+				return st, nil
+			}
+			if errors.Is(err, errNoStreams) { // it ended in between: nothing was sent
+				t.streamEnded()
+				t.retire(nil)
+			}
 		}
-		if errors.Is(err, errNoStreams) { // it ended in between: nothing was sent
-			t.streamEnded()
-			t.retire(nil)
-			continue
+		if errors.Is(err, errNoStreams) {
+			if useless++; useless < maxUseless {
+				continue
+			}
+			return nil, &ConnError{Err: errNoStreams}
+		}
+		if t == nil {
+			return nil, err
 		}
 		var se *StreamError
 		if avoid == nil && errors.As(err, &se) && se.Remote && se.Code == ErrRefusedStream {
@@ -203,7 +206,8 @@ func (p *Pool[K]) join(ctx context.Context, key K, k *poolKey[K]) *dialCall[K] {
 	return d
 }
 
-// await waits for d. It returns nothing at all when the caller must try again.
+// await waits for d. It returns nothing at all when the peer allows fewer streams
+// than were waiting and the caller must try again.
 func (p *Pool[K]) await(ctx context.Context, d *dialCall[K]) (*tunnel[K], error) {
 	select {
 	case <-d.done:
@@ -228,14 +232,14 @@ func (p *Pool[K]) await(ctx context.Context, d *dialCall[K]) (*tunnel[K], error)
 	if d.err != nil {
 		return nil, d.err
 	}
-	if d.spare == 0 || d.t.out {
-		if d.spare > 0 {
-			d.spare--
-			d.t.released()
-		}
+	if d.spare == 0 {
 		return nil, nil
 	}
 	d.spare--
+	if d.t.out {
+		d.t.released()
+		return nil, errNoStreams
+	}
 	return d.t, nil
 }
 
@@ -390,6 +394,10 @@ func (t *tunnel[K]) idled() {
 
 // retire lets t end with its last stream.
 func (t *tunnel[K]) retire(cause error) {
+	if cause != nil {
+		t.p.conn.Logger.LogAttrs(context.Background(), slog.LevelDebug, "tunnel retired",
+			slog.String("peer", t.c.info.Remote.String()), slog.Any("cause", cause))
+	}
 	t.p.mu.Lock()
 	t.p.drop(t)
 	idle := t.streams == 0
@@ -465,26 +473,4 @@ func (p *Pool[K]) Close() {
 	p.mu.Unlock()
 	p.Abort(func(K, *ConnInfo) bool { return true }, ErrPoolClosed)
 	p.wg.Wait()
-}
-
-// Len is the number of open tunnels.
-func (p *Pool[K]) Len() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.all)
-}
-
-// Stats returns a snapshot.
-func (p *Pool[K]) Stats() PoolStats {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	s := p.stats
-	s.Keys, s.Tunnels = len(p.keys), len(p.all)
-	for t := range p.all {
-		s.Streams += t.streams
-	}
-	for _, k := range p.keys {
-		s.Dialing += len(k.dials)
-	}
-	return s
 }

@@ -376,6 +376,21 @@ func TestI23_PeerLimit(t *testing.T) {
 	})
 }
 
+// A peer that goes away as soon as it is connected is not dialled for ever.
+func TestOpenDrainingServer(t *testing.T) {
+	poolCase(t, worldConfig{}, func(t *testing.T, w *world) {
+		w.srv.Drain()
+		_, err := w.pool.Open(context.Background(), "a", "a:1")
+		if err == nil {
+			t.Error("Open succeeded")
+		}
+		synctest.Wait()
+		if n := w.dialed.Load(); n > maxUseless {
+			t.Errorf("%d dials", n)
+		}
+	})
+}
+
 func TestConnsPerKey(t *testing.T) {
 	wc := capped(10)
 	wc.pool.ConnsPerKey = 2

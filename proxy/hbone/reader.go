@@ -58,7 +58,6 @@ type reader struct {
 	dec                   *hpack.Decoder
 	list                  headerList
 	inBlock               bool // a header block is not complete
-	blockSt               *stream
 	blockID               uint32
 	blockEnd              bool
 	blockLen, blockFrames int

@@ -162,6 +162,7 @@ func (s *Server) Drain() {
 func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h Handler) error {
 	c := newConn(s.cfg, nc, false, source != nil)
 	late := false
+	begin := time.Now()
 	defer func() { _ = nc.Close() }()
 	if source != nil {
 		if err := s.handshake(ctx, c, source); err != nil {
@@ -186,7 +187,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h
 
 	stop := context.AfterFunc(ctx, func() { c.fail(&ConnError{Err: context.Cause(ctx)}, aborted) })
 	defer stop()
-	preface := time.AfterFunc(s.cfg.HandshakeTimeout, func() {
+	preface := time.AfterFunc(s.cfg.HandshakeTimeout-time.Since(begin), func() {
 		if !isClosed(c.ready) {
 			c.fail(&ConnError{Err: fmt.Errorf("no SETTINGS from peer: %w", context.DeadlineExceeded)}, lost)
 		}

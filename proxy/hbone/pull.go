@@ -1,0 +1,141 @@
+package hbone
+
+import (
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+)
+
+// Read is pull mode: it returns credit for what it delivers.
+func (st *stream) Read(p []byte) (int, error) {
+	st.rdMu.Lock()
+	defer st.rdMu.Unlock()
+	for {
+		st.mu.Lock()
+		switch {
+		case st.piped:
+			st.mu.Unlock()
+			return 0, ErrPiped
+		case st.closed:
+			st.mu.Unlock()
+			return 0, net.ErrClosed
+		}
+		expired := st.rdl.wait()
+		if isClosed(expired) {
+			st.mu.Unlock()
+			return 0, os.ErrDeadlineExceeded
+		}
+		if st.queue.bytes > 0 || len(p) == 0 {
+			n := st.take(p)
+			st.mu.Unlock()
+			st.c.cfg.Budget.relieve()
+			st.returnCredit(n)
+			return n, nil
+		}
+		if st.rerr != nil || st.eof {
+			err := st.rerr
+			if err == nil {
+				err = io.EOF
+			}
+			st.mu.Unlock()
+			return 0, err
+		}
+		if st.readable == nil {
+			st.readable = make(chan struct{}, 1)
+		}
+		readable := st.readable
+		st.mu.Unlock()
+		select {
+		case <-readable:
+		case <-expired:
+		}
+	}
+}
+
+// take copies from the queue. The caller holds st.mu and returns the credit.
+func (st *stream) take(p []byte) (n int) {
+	freed := 0
+	for n < len(p) && st.queue.bytes > 0 {
+		h := st.queue.head
+		m := copy(p[n:], h.buf[h.r:h.w])
+		freed += st.queue.advance(m)
+		n += m
+	}
+	st.dequeued(n, freed)
+	return n
+}
+
+// Write is pull mode.
+func (st *stream) Write(p []byte) (n int, err error) {
+	st.wrMu.Lock()
+	defer st.wrMu.Unlock()
+	st.mu.Lock()
+	switch {
+	case st.piped:
+		err = ErrPiped
+	case st.closed:
+		err = net.ErrClosed
+	}
+	st.mu.Unlock()
+	if err != nil {
+		return 0, err
+	}
+	if isClosed(st.wdl.wait()) {
+		return 0, os.ErrDeadlineExceeded
+	}
+	for len(p) > 0 {
+		buf := sendPool.Get().(*sendBuf)
+		m := copy(buf[frameHeaderLen:], p)
+		sent, abandoned, err := st.sendAll(buf, m, st.wdl.wait(), true)
+		if !abandoned {
+			sendPool.Put(buf)
+		}
+		n += sent
+		if err != nil {
+			return n, err
+		}
+		p = p[m:]
+	}
+	return n, nil
+}
+
+// deadline is a time limit that may be moved while somebody waits for it.
+type deadline struct {
+	mu    sync.Mutex
+	timer *time.Timer
+	ch    chan struct{}
+}
+
+// wait returns a channel that is closed when the limit has passed.
+func (d *deadline) wait() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ch == nil {
+		d.ch = make(chan struct{})
+	}
+	return d.ch
+}
+
+func (d *deadline) set(t time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.timer != nil && !d.timer.Stop() {
+		<-d.ch // the timer fired: wait for its function
+	}
+	d.timer = nil
+	passed := d.ch != nil && isClosed(d.ch)
+	if d.ch == nil || passed {
+		d.ch = make(chan struct{})
+	}
+	if t.IsZero() {
+		return
+	}
+	ch := d.ch
+	if left := time.Until(t); left > 0 {
+		d.timer = time.AfterFunc(left, func() { close(ch) })
+		return
+	}
+	close(ch)
+}
