@@ -155,6 +155,21 @@ func (p *pair) checkExchange() {
 	p.client.expectHello(p.client.addr6, netip.AddrPortFrom(p.server.addr6, httpPort))
 }
 
+// Two connections with the client's address reach the server of a captured pod:
+// the client's and the proxy's. If the proxy's took the client's port, the
+// kernel would take its packets for the client's.
+func TestOriginalSourceAvoidsClientPorts(t *testing.T) {
+	p := newPair(t, pairOptions{captureServ: true})
+	p.sysctl(p.server.ns, map[string]string{"net/ipv4/ip_local_port_range": "40000 40003"})
+	// What connect chooses first, here as at the client, is the even ones.
+	for _, port := range []string{"40000", "40002"} {
+		out, err := command(p.ctx, greeting, p.client.in("nc", "-N", "-w", "5", "-p", port, p.server.addr.String(), fmt.Sprint(latePort))...)
+		if err != nil || out != greeting {
+			t.Errorf("client port %s: got %q, %v, want %q", port, out, err, greeting)
+		}
+	}
+}
+
 // faults row 89: a captured application reaches itself through its service, and
 // does not loop.
 func TestFault89_Hairpin(t *testing.T) {

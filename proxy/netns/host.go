@@ -230,9 +230,11 @@ func (s *sockets) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) 
 		return nil, errors.Join(err, c.Close())
 	}
 	tc.guard = s.guard
-	if err := s.guard.dial(&tc.track, flow{tc.local, dst}); err != nil {
-		_ = tc.Abort()
-		return nil, err
+	if !src.IsValid() { // a foreign source may have the client's own port, and is no loop
+		if err := s.guard.dial(&tc.track, flow{tc.local, dst}); err != nil {
+			_ = tc.Abort()
+			return nil, err
+		}
 	}
 	return tc, nil
 }

@@ -320,6 +320,30 @@ func TestOriginalSource(t *testing.T) {
 	}
 }
 
+// Source ports are odd as long as there are any, for each source: connect, at
+// the clients, prefers even ones.
+func TestOriginalSourcePorts(t *testing.T) {
+	ns := newNamespace(t)
+	command(t, ns, "ip rule add fwmark 0x539/0xfff lookup 100")
+	command(t, ns, "ip route add local 0.0.0.0/0 dev lo table 100")
+	p := newPod(t, ns, PodConfig{Mark: testMark, OriginalSource: OriginalSourceRequired})
+	if err := p.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40007"), 0o644)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	ln := listen(t, p, netip.MustParseAddrPort("0.0.0.0:80"))
+	for _, src := range []string{"10.77.0.1", "10.77.0.2"} {
+		for i := range 5 { // there are four odd ones
+			_, server := connect(t, p, netip.MustParseAddr(src), ln, netip.MustParseAddrPort("10.1.0.1:80"))
+			got := server.Remote()
+			if got.Addr().String() != src || (got.Port()%2 == 0) != (i == 4) {
+				t.Errorf("connection %d from %s: server sees %v", i, src, got)
+			}
+		}
+	}
+}
+
 // Without the capability: "required" is an error of Listen, "auto" is not, and
 // a dial goes on without.
 func TestOriginalSourceNotPermitted(t *testing.T) {

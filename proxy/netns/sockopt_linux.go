@@ -211,8 +211,13 @@ func (s *sockets) replaceSocket(fd int, network string) error {
 }
 
 // bindSource asks for the address src without a port: the full original tuple
-// would collide with the client's entry in conntrack. What fails is a warning:
-// the connection is made from an address of ours then.
+// is the client's entry in conntrack. The port is chosen here and not by
+// connect, because connect prefers even ports, as it does for the client
+// itself: a captured connection whose port it hits by chance would swallow
+// ours. bind prefers odd ones, and so leaves the even ones to what else connects
+// in this namespace.
+//
+// What fails is a warning: the connection is made from an address of ours then.
 func (s *sockets) bindSource(fd int, src netip.Addr) {
 	if !src.IsValid() {
 		return
@@ -223,9 +228,6 @@ func (s *sockets) bindSource(fd int, src netip.Addr) {
 	}
 	err := errors.Join(setInt(fd, level, transparent, 1), setInt(fd, level, freebind, 1))
 	if err == nil {
-		// The port is chosen by connect, where it only has to be unique per
-		// destination.
-		_ = setInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
 		err = os.NewSyscallError("bind", unix.Bind(fd, sockaddr(netip.AddrPortFrom(src, 0))))
 	}
 	if err != nil {

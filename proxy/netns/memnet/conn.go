@@ -1,6 +1,7 @@
 package memnet
 
 import (
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -56,7 +57,7 @@ func (c *conn) RemoteAddr() net.Addr                 { return net.TCPAddrFromAdd
 func (c *conn) OriginalDst() (netip.AddrPort, error) { return c.orig, nil }
 
 func (c *conn) fail(op string, err error) error {
-	if errno, ok := err.(syscall.Errno); ok {
+	if errno := syscall.Errno(0); errors.As(err, &errno) {
 		err = os.NewSyscallError(op, errno)
 	}
 	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
