@@ -43,6 +43,7 @@ type loadSpec struct {
 	Every       time.Duration `json:",omitempty"` // pause between the starts of connections; 0 for none
 	Sources     netip.Addr    `json:",omitzero"`  // first source address; the i-th connection binds to the i-th after it
 	Credentials string        `json:",omitempty"` // file, for handshakes
+	Device      string        `json:",omitempty"` // stall: what the streams still have in flight is over when this is quiet
 }
 
 // loadResult is what a load generator measured.
@@ -62,6 +63,8 @@ const (
 	probeTimeout = 20 * time.Second
 	opTimeout    = 5 * time.Second        // a single step that takes longer means that the chain is dead
 	stallQuiet   = 300 * time.Millisecond // a stream that took nothing for so long is full
+	quietBytes   = 64 << 10               // a device that sent less in stallQuiet is quiet
+	quietTimeout = 20 * time.Second
 )
 
 // loader runs one order: prepare opens what must stand before the clock runs, run is the measured part, and close
@@ -427,6 +430,10 @@ func (l *loader) stall(ctx context.Context, result *loadResult) error {
 	}
 	group.Wait()
 	result.Stuck = stuck.Load()
+	// The proxies may still be carrying what the load's own sockets took: these streams are not stalled yet.
+	if err := quiet(ctx, l.spec.Device); err != nil {
+		return err
+	}
 	if result.BesideRate, err = rate(); err != nil {
 		return err
 	}
@@ -452,6 +459,32 @@ func fill(conn *net.TCPConn) int64 {
 		taken += int64(n)
 		if err != nil {
 			return taken
+		}
+	}
+}
+
+// quiet waits until device sends next to nothing. An empty name is quiet.
+func quiet(ctx context.Context, device string) error {
+	if device == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, quietTimeout)
+	defer cancel()
+	for last := int64(-quietBytes); ; {
+		text, err := os.ReadFile("/proc/self/net/dev")
+		if err != nil {
+			return fmt.Errorf("watch device %s: %w", device, err)
+		}
+		sent, err := parseSent(string(text), device)
+		if err != nil {
+			return err
+		}
+		if sent-last < quietBytes {
+			return nil
+		}
+		last = sent
+		if err := wait(ctx, stallQuiet); err != nil {
+			return fmt.Errorf("device %s is still busy after %s: %w", device, quietTimeout, err)
 		}
 	}
 }

@@ -88,7 +88,7 @@ func plan() []measurement {
 			id: fmt.Sprintf("stalled-%d", k), group: "stalled", modes: []string{modeZtunnel},
 			show: []string{kept, inflight, rssIn}, run: runStall,
 			env:  []string{"POOL_MAX_STREAMS_PER_CONNECTION=150"}, // all streams on one tunnel
-			load: loadSpec{Kind: loadStall, Streams: k, MessageSize: pingSize, Duration: pingTime},
+			load: loadSpec{Kind: loadStall, Streams: k, MessageSize: pingSize, Duration: pingTime, Device: podDevice},
 		})
 	}
 	return append(rows,

@@ -101,3 +101,24 @@ func parseResident(status string) (int64, error) {
 	}
 	return 0, fmt.Errorf("parse process status: no VmRSS line")
 }
+
+// parseSent returns the bytes that a device has sent from the content of /proc/net/dev.
+func parseSent(text, device string) (int64, error) {
+	for line := range strings.Lines(text) {
+		name, counters, ok := strings.Cut(line, ":")
+		if !ok || strings.TrimSpace(name) != device {
+			continue
+		}
+		const sent = 8 // eight counters of receiving stand before
+		fields := strings.Fields(counters)
+		if len(fields) <= sent {
+			return 0, fmt.Errorf("parse counters of device %s: %d fields, want at least %d", device, len(fields), sent+1)
+		}
+		n, err := strconv.ParseInt(fields[sent], 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("parse counters of device %s: %w", device, err)
+		}
+		return n, nil
+	}
+	return 0, fmt.Errorf("parse counters of device %s: no such device", device)
+}

@@ -80,6 +80,21 @@ func TestParseResident(t *testing.T) {
 	}
 }
 
+func TestParseSent(t *testing.T) {
+	const text = "Inter-|   Receive                                                |  Transmit\n" +
+		" face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets\n" +
+		"    lo:     100       1    0    0    0     0          0         0      100       1\n" +
+		"  pod0:  1234567    10    0    0    0     0          0         0  7654321      20    0    0    0     0       0          0\n"
+	if got, err := parseSent(text, "pod0"); err != nil || got != 7654321 {
+		t.Errorf("parseSent of pod0: got %d, %v, want 7654321", got, err)
+	}
+	for _, device := range []string{"pod", "eth0", " face |bytes"} {
+		if got, err := parseSent(text, device); err == nil {
+			t.Errorf("parseSent of %q = %d, want an error", device, got)
+		}
+	}
+}
+
 // The parsers read what this kernel writes.
 func TestParseOwnProcess(t *testing.T) {
 	status, err := os.ReadFile("/proc/self/status")
@@ -95,5 +110,12 @@ func TestParseOwnProcess(t *testing.T) {
 	}
 	if _, err := parseStat(string(stat)); err != nil {
 		t.Errorf("CPU time of this process: %v", err)
+	}
+	devices, err := os.ReadFile("/proc/self/net/dev")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := parseSent(string(devices), "lo"); err != nil {
+		t.Errorf("counters of the loopback: %v", err)
 	}
 }

@@ -28,6 +28,7 @@ const (
 	inboundPort       = 15008
 	proxyMark         = 1337
 	congestionControl = "cubic"
+	podDevice         = "pod0" // the veth end of either pod
 )
 
 // world is the stage of all measurements: two pods joined by a veth pair, and the application in one of them.
@@ -79,17 +80,17 @@ func (w *world) build(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := w.client.run("ip", "link", "add", "pod0", "type", "veth", "peer", "name", "pod0", "netns", w.server.path()); err != nil {
+	if err := w.client.run("ip", "link", "add", podDevice, "type", "veth", "peer", "name", podDevice, "netns", w.server.path()); err != nil {
 		return err
 	}
 	for _, pod := range []struct {
 		ns   *namespace
 		addr netip.Addr
 	}{{w.client, clientAddr}, {w.server, serverAddr}} {
-		if err := pod.ns.run("ip", "addr", "add", netip.PrefixFrom(pod.addr, 16).String(), "dev", "pod0"); err != nil {
+		if err := pod.ns.run("ip", "addr", "add", netip.PrefixFrom(pod.addr, 16).String(), "dev", podDevice); err != nil {
 			return err
 		}
-		if err := pod.ns.run("ip", "link", "set", "pod0", "up"); err != nil {
+		if err := pod.ns.run("ip", "link", "set", podDevice, "up"); err != nil {
 			return err
 		}
 	}
