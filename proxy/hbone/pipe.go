@@ -167,7 +167,11 @@ func (p *pipe) copyIn() (from uint64) {
 func (st *stream) deliver(b []byte, small bool) error {
 	st.mu.Lock()
 	if st.discard {
+		refuse := st.closed
 		st.mu.Unlock()
+		if refuse {
+			st.refuse()
+		}
 		return nil
 	}
 	update := 0

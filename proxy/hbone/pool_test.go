@@ -66,6 +66,7 @@ func TestP01_ConnectionsReused(t *testing.T) {
 	poolCase(t, capped(3), func(t *testing.T, w *world) {
 		for range 2 {
 			closeAll(w.openN("a", 2))
+			synctest.Wait()
 		}
 		w.counts(1, 0)
 		w.pool.Close()

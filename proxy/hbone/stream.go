@@ -223,7 +223,9 @@ func (st *stream) CloseWrite() error {
 	return nil
 }
 
-// Close ends both directions in order: the peer reads all that was written.
+// Close ends both directions as TCP does: the peer reads all that was written,
+// and may still write without an error until it learns that nobody reads: at
+// once if there were unread bytes, else with its next bytes or after closeGrace.
 func (st *stream) Close() error {
 	st.mu.Lock()
 	if st.closed {
@@ -231,15 +233,26 @@ func (st *stream) Close() error {
 		return nil
 	}
 	st.closed = true
-	open := st.state.Load()&recvClosed == 0
+	open, unread := st.state.Load()&recvClosed == 0, st.queue.bytes > 0
 	st.drop()
 	st.mu.Unlock()
 	st.c.cfg.Budget.relieve()
 	_ = st.CloseWrite() // never fails
-	if open {
-		st.reset(ErrNo, nil)
+	switch {
+	case open && unread:
+		st.refuse()
+	case open:
+		time.AfterFunc(closeGrace, st.refuse)
 	}
 	return nil
+}
+
+// refuse tells the peer that nobody reads any more.
+func (st *stream) refuse() {
+	if st.state.Load()&recvClosed == 0 {
+		st.reset(ErrNo, nil)
+		st.c.kick()
+	}
 }
 
 // Reset ends both directions at once.
@@ -253,14 +266,17 @@ func (st *stream) Reset(code ErrCode) {
 func (st *stream) reset(code ErrCode, cause error) {
 	c := st.c
 	c.w.mu.Lock()
-	if st.state.Load() != recvClosed|sendClosed {
+	open := st.state.Load() != recvClosed|sendClosed
+	if open {
 		st.sendOver = true
 		c.queueLocked(false, func(b []byte) []byte { return appendRST(b, st.id, code) })
 	}
 	c.w.mu.Unlock()
-	c.mu.Lock()
-	c.resets.add(st.id)
-	c.mu.Unlock()
+	if open {
+		c.mu.Lock()
+		c.resets.add(st.id)
+		c.mu.Unlock()
+	}
 	st.mu.Lock()
 	if st.cause == nil && st.state.Load() != recvClosed|sendClosed {
 		st.cause = cause
