@@ -23,7 +23,7 @@ type options struct {
 	modes   []string // empty for all
 	out     string   // file for the Markdown report
 	json    string   // file for every sample
-	profile string   // directory for CPU profiles
+	profile string   // directory for the profiles of every measurement
 	command string   // as it was typed
 }
 
@@ -43,6 +43,7 @@ type bench struct {
 	log     io.Writer
 	plan    []measurement
 	samples []sample
+	notes   []note // profiles of the rows that miss
 }
 
 // selected leaves out of the plan what the options did not ask for.
@@ -83,7 +84,7 @@ func (b *bench) run(ctx context.Context) error {
 			for _, i := range rand.Perm(len(m.modes)) {
 				s := sample{Measurement: m.id, Mode: m.modes[i], Repetition: rep}
 				var err error
-				s.Figures, err = b.one(ctx, m, s.Mode, rep == 0)
+				s.Figures, err = b.one(ctx, m, s.Mode)
 				if ctx.Err() != nil {
 					return context.Cause(ctx)
 				}
@@ -113,7 +114,7 @@ func (s sample) text(show []string) string {
 }
 
 // one starts the proxies of mode, runs m once and stops them.
-func (b *bench) one(ctx context.Context, m measurement, mode string, first bool) (figures, error) {
+func (b *bench) one(ctx context.Context, m measurement, mode string) (figures, error) {
 	s, err := b.world.startSubject(ctx, mode, b.options.ztunnel, m.env)
 	if err != nil {
 		return nil, err
@@ -124,9 +125,6 @@ func (b *bench) one(ctx context.Context, m measurement, mode string, first bool)
 		if math.IsNaN(value) || math.IsInf(value, 0) {
 			return nil, fmt.Errorf("%s is %v: nothing was done", name, value)
 		}
-	}
-	if err == nil && first && b.options.profile != "" && mode == modeZtunnel {
-		err = b.profileRow(ctx, s, m)
 	}
 	return f, err
 }
@@ -193,6 +191,9 @@ func execute(ctx context.Context, o options, stdout, stderr io.Writer) (err erro
 	defer func() { err = errors.Join(err, w.close()) }()
 	b := &bench{options: o, world: w, log: stderr, plan: rows}
 	runErr := b.run(ctx)
+	if runErr == nil {
+		runErr = b.explain(ctx)
+	}
 	r := b.report()
 	if _, err := io.WriteString(stdout, r.table()); err != nil {
 		return fmt.Errorf("print the table: %w", err)

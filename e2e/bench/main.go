@@ -57,7 +57,7 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	set.StringVar(&modes, "modes", "", "comma-separated modes: direct, relay2, relay2buf, tlsB, h2tun, bare, ztunnel, ztunnel-plain")
 	set.StringVar(&o.out, "out", "", "`file` for the Markdown report")
 	set.StringVar(&o.json, "json", "", "`file` for every sample and verdict")
-	set.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of ztunnel, one pair for each measurement")
+	set.StringVar(&o.profile, "profile", "", "`directory` for profiles of ztunnel, one pair for each measurement; without it only rows that miss are profiled")
 	if err := set.Parse(args); err != nil {
 		return options{}, err
 	}

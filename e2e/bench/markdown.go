@@ -61,6 +61,12 @@ func (r *report) markdown() string {
 		out.WriteString("\n## Targets\n\nA row that misses stays in the table. Rows marked `info` have their bound in the second stage.\n\n")
 		out.WriteString(markdownTable(r.judgement()))
 	}
+	if len(r.bench.notes) > 0 {
+		out.WriteString("\n## Profiles of the rows that miss\n")
+	}
+	for _, n := range r.bench.notes {
+		fmt.Fprintf(&out, "\n%s, %s:\n\n```\n%s```\n", n.measurement, n.half, n.text)
+	}
 	out.WriteString("\n## Figures\n")
 	for _, m := range r.bench.plan {
 		out.WriteString("\n" + markdownTable(r.figuresOf(m)))

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -35,6 +34,7 @@ type measurement struct {
 	modes []string // in the order of the report
 	show  []string // figures in the order of the report
 	env   []string // further environment of the real binary
+	inUse bool     // it measures memory: what explains it is the heap, not the CPU
 	load  loadSpec
 	run   func(context.Context, *bench, *subject, loadSpec) (figures, error)
 }
@@ -93,11 +93,11 @@ func plan() []measurement {
 	}
 	return append(rows,
 		measurement{
-			id: "idle-streams", group: "idle-streams", modes: []string{modeZtunnel}, show: []string{rssStream}, run: runIdleStreams,
+			id: "idle-streams", group: "idle-streams", modes: []string{modeZtunnel}, show: []string{rssStream}, run: runIdleStreams, inUse: true,
 			load: loadSpec{Kind: loadIdle, Streams: parallel, Count: idleStreams},
 		},
 		measurement{
-			id: "idle-tunnels", group: "idle-tunnels", modes: []string{modeZtunnel}, show: []string{rssTunnel}, run: runIdleTunnels,
+			id: "idle-tunnels", group: "idle-tunnels", modes: []string{modeZtunnel}, show: []string{rssTunnel}, run: runIdleTunnels, inUse: true,
 			load: loadSpec{Kind: loadIdle, Streams: parallel, Count: idleTunnels, Sources: sourceFirst},
 		},
 		measurement{
@@ -313,23 +313,4 @@ func wait(ctx context.Context, d time.Duration) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-}
-
-// profileRow repeats a measurement with a longer load while the real binary's CPU is sampled. Its figures are not
-// used.
-func (b *bench) profileRow(ctx context.Context, s *subject, m measurement) error {
-	const d = 5 * time.Second
-	spec := m.load
-	spec.Bytes, spec.Limit, spec.Duration, spec.Count = spec.Bytes*20, d, d, spec.Count*8
-	errs := make(chan error, 2)
-	for _, half := range []struct {
-		ns   *namespace
-		name string
-	}{{b.world.client, "outbound"}, {b.world.server, "inbound"}} {
-		go func() {
-			errs <- half.ns.profile(ctx, d-time.Second, fmt.Sprintf("%s/%s-%s.pprof", b.options.profile, m.id, half.name))
-		}()
-	}
-	_, err := m.run(ctx, b, s, spec)
-	return errors.Join(err, <-errs, <-errs)
 }

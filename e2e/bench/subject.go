@@ -7,9 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -231,37 +228,4 @@ func localFile(policies bool) localConfig {
 		Rules: [][][]anyMatch{{{{"destinationPorts": []int{int(appAddr.Port())}}}}},
 	})
 	return config
-}
-
-// profile stores a CPU profile of d of the proxy in ns, taken through its admin port.
-func (ns *namespace) profile(ctx context.Context, d time.Duration, file string) error {
-	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
-		var conn net.Conn
-		err := ns.do(func() error {
-			var err error
-			conn, err = (&net.Dialer{}).DialContext(ctx, network, addr)
-			return err
-		})
-		return conn, err
-	}
-	transport := &http.Transport{DialContext: dial, DisableKeepAlives: true}
-	url := fmt.Sprintf("http://127.0.0.1:15000/debug/pprof/profile?seconds=%d", int(max(d, time.Second).Seconds()))
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return fmt.Errorf("profile: %w", err)
-	}
-	resp, err := transport.RoundTrip(req)
-	if err != nil {
-		return fmt.Errorf("profile: %w", err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("profile: %s answered %s", url, resp.Status)
-	}
-	out, err := os.Create(file)
-	if err != nil {
-		return fmt.Errorf("profile: %w", err)
-	}
-	_, err = io.Copy(out, resp.Body)
-	return errors.Join(err, out.Close())
 }
