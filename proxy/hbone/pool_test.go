@@ -379,16 +379,19 @@ func TestI23_PeerLimit(t *testing.T) {
 
 // A peer that goes away as soon as it is connected is not dialled for ever.
 func TestOpenDrainingServer(t *testing.T) {
-	poolCase(t, worldConfig{}, func(t *testing.T, w *world) {
-		w.srv.Drain()
-		_, err := w.pool.Open(context.Background(), "a", "a:1")
+	synctest.Test(t, func(t *testing.T) {
+		cc := newClientCase(t, Config{}, func(p *rawPeer) {
+			_, _ = p.nc.Write(appendGoAway(appendSettings(nil), 0, ErrNo, ""))
+		})
+		_, err := cc.pool.Open(context.Background(), "a", "a:1")
 		if err == nil {
 			t.Error("Open succeeded")
 		}
 		synctest.Wait()
-		if n := w.dialed.Load(); n > maxUseless {
-			t.Errorf("%d dials", n)
+		if n := len(cc.peers); n > maxUseless {
+			t.Errorf("%d dials, want at most %d (%v)", n, maxUseless, err)
 		}
+		cc.pool.Close()
 	})
 }
 
