@@ -234,7 +234,13 @@ func (c *conn) fail(err *ConnError, how ending) {
 	c.away = true
 	streams := c.streams
 	c.streams = nil
-	c.cut.Store(int64(len(streams)))
+	c.w.mu.Lock()
+	for _, st := range streams {
+		if !st.sendOver || st.state.Load()&recvClosed == 0 {
+			c.cut.Add(1)
+		}
+	}
+	c.w.mu.Unlock()
 	c.waiters = nil
 	last := c.lastID
 	for _, t := range []*time.Timer{c.timer, c.idle, c.expire} {

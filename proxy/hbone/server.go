@@ -120,7 +120,9 @@ func (r *Request) answer(status int, fields []Field, body string, end bool) erro
 	if over {
 		return st.sendError()
 	}
-	c.kick()
+	if !end { // Reject has more to send
+		c.kick()
+	}
 	return nil
 }
 

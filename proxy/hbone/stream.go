@@ -176,10 +176,10 @@ func (st *stream) sendAll(buf *sendBuf, n int, cancel <-chan struct{}, pull bool
 			sent += k
 			continue
 		}
+		if !abandoned {
+			st.c.refundCredit(st, k) // nothing of it was written: the tunnel's window must not leak
+		}
 		if pull && isClosed(cancel) && !isClosed(st.gone) {
-			if !abandoned {
-				st.c.refundCredit(st, k)
-			}
 			return sent, abandoned, os.ErrDeadlineExceeded
 		}
 		return sent, abandoned, st.sendError()
