@@ -43,7 +43,7 @@ that ratios mean something on a machine that is shared or slow. Absolute figures
 | idle-streams | growth of the resident size by %d idle streams |
 | idle-tunnels | growth by %d idle tunnels with one stream each (source addresses of their own) |
 | stalled-N | ping rate on a tunnel with N streams whose application never reads, relative to the mean of the rates before and after |
-| handshake | CPU of both proxies for a connection that needs a new tunnel, less that of one over the tunnel at the same pace, %d times |
+| handshake | CPU of both proxies for a connection that needs a new tunnel, less that of one over the tunnel; %d times, and the bare handshakes too, one every %s |
 
 Not measured: a real network card and round-trip times, more cores, original source addresses (ENABLE_ORIG_SRC is
 off), IPv6, waypoints, certificate renewal under load, and how other implementations do on this machine.
@@ -52,7 +52,7 @@ off), IPv6, waypoints, certificate renewal under load, and how other implementat
 // markdown returns the report as a document.
 func (r *report) markdown() string {
 	var out strings.Builder
-	fmt.Fprintf(&out, markdownHead, bulkBytes>>20, bulkLimit, pingTime, shortConns, parallel, idleStreams, idleTunnels, handshakes)
+	fmt.Fprintf(&out, markdownHead, bulkBytes>>20, bulkLimit, pingTime, shortConns, parallel, idleStreams, idleTunnels, handshakes, tunnelPace)
 	out.WriteString("\n## This run\n\n")
 	for _, fact := range r.environment {
 		fmt.Fprintf(&out, "* %s: `%s`\n", fact[0], fact[1])
