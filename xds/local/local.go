@@ -43,8 +43,9 @@ type Source struct {
 	name  string // of the source, in errors
 	watch *filewatch.Watcher
 
-	loading sync.Mutex // held while the file is read; guards watch, missing
+	loading sync.Mutex // held while the file is read; guards watch, missing, unread
 	missing bool       // the last Check found no file
+	unread  bool       // the last attempt could not read the file, whose state watch knows already
 
 	mu     sync.Mutex // guards what follows
 	static state.StaticConfig
@@ -89,7 +90,9 @@ func (s *Source) Load() error {
 }
 
 // Check loads the file if it has changed since the last Load or Check and
-// reports whether it did.
+// reports whether it did. A file that could not be read, for want of a
+// descriptor for example, counts as changed until it could; one whose content is
+// bad is left alone until it changes.
 func (s *Source) Check() (loaded bool, err error) {
 	if s.watch == nil {
 		return false, nil
@@ -104,7 +107,7 @@ func (s *Source) Check() (loaded bool, err error) {
 		}
 		return false, err
 	}
-	if !changed && !s.missing {
+	if !changed && !s.missing && !s.unread {
 		return false, nil
 	}
 	s.missing = false
@@ -162,6 +165,7 @@ func (s *Source) load() error {
 	data := s.cfg.Inline
 	if s.cfg.Path != "" {
 		content, err := os.ReadFile(s.cfg.Path)
+		s.unread = err != nil
 		if err != nil {
 			return s.record(fmt.Errorf("local config: %w", err))
 		}
