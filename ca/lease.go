@@ -32,6 +32,12 @@ func (l *Lease) SVID(ctx context.Context) (*SVID, error) {
 	return l.wait(ctx)
 }
 
+// Current is the SVID if there is one at this moment. It does not wait.
+func (l *Lease) Current() (*SVID, bool) {
+	v := l.view.Load()
+	return v.svid, v.state == Available
+}
+
 func (l *Lease) wait(ctx context.Context) (*SVID, error) {
 	for {
 		l.m.mu.Lock()

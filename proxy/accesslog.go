@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"strconv"
@@ -28,6 +29,7 @@ type connection struct {
 	start   time.Time
 	values  []string // label values, with flagNone
 	traffic *metric.Row
+	ended   bool
 }
 
 // open records the beginning. The byte counters exist from here on, at zero.
@@ -49,6 +51,7 @@ func (c *connection) sentBytes() *atomic.Uint64     { return c.traffic.Series(fa
 
 // end records the end. It must be called once for every open.
 func (c *connection) end(ctx context.Context, o outcome) {
+	c.ended = true
 	text, flag := reason(o.err)
 	if flag == flagNone {
 		c.traffic.Series(famClosed).Inc()
@@ -86,6 +89,17 @@ func (c *connection) end(ctx context.Context, o outcome) {
 		attrs = append(attrs, slog.String("error", text))
 	}
 	c.log.LogAttrs(ctx, level, "connection complete", attrs...)
+}
+
+// errAbandoned is how a connection ends whose handler did not come to an end.
+var errAbandoned = errors.New("connection abandoned")
+
+// abandon ends a connection that was not ended: its handler has panicked. It is
+// deferred behind every open, so that the counters balance whatever happens.
+func (c *connection) abandon(ctx context.Context) {
+	if !c.ended {
+		c.end(ctx, outcome{err: errAbandoned})
+	}
 }
 
 // attrs are the fields that the opened and the complete line share, in the order
@@ -153,6 +167,7 @@ const (
 	rejectAuthority       = "authority"
 	rejectIdentity        = "identity"
 	rejectDestination     = "destination"
+	rejectPreface         = "preface"
 )
 
 // earlyDeny reports a connection that failed before it was opened: none of the

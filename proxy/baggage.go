@@ -10,10 +10,9 @@ import (
 
 // The header fields of HBONE (spec/datapath.md §5.2).
 const (
-	fieldBaggage          = "baggage"
-	fieldForwarded        = "forwarded"
-	fieldTraceparent      = "traceparent"
-	fieldForwardedNetwork = "x-forwarded-network"
+	fieldBaggage     = "baggage"
+	fieldForwarded   = "forwarded"
+	fieldTraceparent = "traceparent"
 )
 
 // maxBaggageValue bounds what a peer can put into a label or a log line.

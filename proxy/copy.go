@@ -21,7 +21,7 @@ const (
 	bulkRead    = 64 << 10
 	bulkAfter   = 16 << 10
 	spliceAfter = 1 << 20
-	spliceStep  = 4 << 20
+	spliceStep  = 256 << 10
 )
 
 var (
@@ -175,15 +175,21 @@ func spliceOnce(dst, src netns.Conn, count func(int64)) (eof bool, op string, er
 	if err == nil {
 		return n < spliceStep, "", nil
 	}
-	// ReadFrom does not say which side failed. EPIPE is only ever the writer's.
-	if errors.Is(err, syscall.EPIPE) {
-		return false, "write", err
-	}
-	var op2 *net.OpError
-	if errors.As(err, &op2) && op2.Op == "write" {
+	if spliceWriterFailed(dst, err) {
 		return false, "write", err
 	}
 	return false, "read", err
+}
+
+// spliceWriterFailed tells which socket a failed splice failed on: ReadFrom does
+// not say. EPIPE is only ever the writer's; a reset may be either's, and the
+// socket that was reset knows.
+func spliceWriterFailed(dst netns.Conn, err error) bool {
+	if errors.Is(err, syscall.EPIPE) {
+		return true
+	}
+	socket, ok := dst.(interface{ PeerReset() bool })
+	return ok && errors.Is(err, syscall.ECONNRESET) && socket.PeerReset()
 }
 
 // isReset tells whether an operation on a TCP socket failed because its peer

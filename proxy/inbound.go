@@ -8,13 +8,13 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/internal/zlog"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
@@ -32,17 +32,22 @@ func (p *Proxy) serveInbound(ctx context.Context, conn netns.Conn) {
 	defer p.cfg.Metrics.socket(reporterDestination)()
 	t := &inboundTunnel{p: p, src: conn.Remote(), dst: conn.Local(), peer: peerOnce()}
 
-	handshake := p.newHandshake()
+	handshake := p.newHandshake(t.src.Addr())
 	defer handshake.done()
 	err := p.server.ServeConn(ctx, conn, handshake.config, t.serve)
 
-	var tlsErr *hbone.HandshakeError
-	var identity *identityError
+	var (
+		tlsErr   *hbone.HandshakeError
+		preface  *hbone.PrefaceError
+		identity *identityError
+	)
 	switch {
 	case errors.As(err, &identity):
 		p.earlyDeny(ctx, reporterDestination, rejectCertificate, t.src, t.dst, fmt.Errorf("signing error: %w", identity.err))
 	case errors.As(err, &tlsErr):
 		p.earlyDeny(ctx, reporterDestination, rejectTLS, t.src, t.dst, fmt.Errorf("tls handshake error: %w", tlsErr.Err))
+	case errors.As(err, &preface):
+		p.earlyDeny(ctx, reporterDestination, rejectPreface, t.src, t.dst, fmt.Errorf("http2 handshake failed: %w", preface.Err))
 	case err != nil:
 		p.log.DebugContext(ctx, "tunnel ended", "src.addr", t.src, "error", err.Error())
 	}
@@ -61,45 +66,15 @@ func peerOnce() func(tls.ConnectionState) (spiffeid.ID, error) {
 	}
 }
 
-// handshake holds one of the places for concurrent handshakes: without a cap, a
-// flood of them would take the processors from the tunnels that are up.
-type handshake struct {
-	p       *Proxy
-	release func()
-}
-
-func (p *Proxy) newHandshake() *handshake { return &handshake{p: p} }
-
-// config waits for a place and a certificate. The place is free again when the
-// peer was verified, which ends the costly part, or when the connection ends.
-func (h *handshake) config(ctx context.Context) (*tls.Config, error) {
-	select {
-	case h.p.handshakes <- struct{}{}:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("waiting for one of %d concurrent handshakes: %w", cap(h.p.handshakes), context.Cause(ctx))
-	}
-	h.release = sync.OnceFunc(func() { <-h.p.handshakes })
-	local, err := h.p.localWorkload(ctx)
+// serverTLS is the configuration with which we accept tunnels for local.
+func (p *Proxy) serverTLS(ctx context.Context, local *state.Workload) (*tls.Config, error) {
+	svid, err := p.svid(ctx, local)
 	if err != nil {
 		return nil, err
 	}
-	svid, err := h.p.svid(ctx, local)
-	if err != nil {
-		return nil, err
-	}
-	config := ca.ServerTLS(svid, h.p.cfg.TLS).Clone()
-	verify := config.VerifyConnection
-	config.VerifyConnection = func(cs tls.ConnectionState) error {
-		defer h.release()
-		return verify(cs)
-	}
+	config := ca.ServerTLS(svid, p.cfg.TLS).Clone()
+	config.DynamicRecordSizingDisabled = true // as package hbone has it: its batches make large records
 	return config, nil
-}
-
-func (h *handshake) done() {
-	if h.release != nil {
-		h.release()
-	}
 }
 
 // refusal is a request that ends before it is opened: a status and one log line.
@@ -135,6 +110,7 @@ func (t *inboundTunnel) serve(ctx context.Context, r *hbone.Request) {
 	}
 	c := t.connection(r, in)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
+	defer c.abandon(ctx)
 	c.end(ctx, t.carry(ctx, r, in, c))
 }
 
@@ -182,7 +158,7 @@ func (t *inboundTunnel) carry(ctx context.Context, r *hbone.Request, in inboundR
 	}
 	ctx, release := p.tracker.trackInbound(ctx, rbac, in.host)
 	defer release()
-	if denied := p.authorize(ctx, rbac); denied != nil {
+	if denied := p.authorize(ctx, rbac, func() *slog.Logger { return t.span(r) }); denied != nil {
 		_ = r.Reject(http.StatusUnauthorized, "")
 		return outcome{err: denied}
 	}
@@ -192,11 +168,8 @@ func (t *inboundTunnel) carry(ctx context.Context, r *hbone.Request, in inboundR
 	}
 	conn, err := p.cfg.Network.Dial(ctx, src, in.route.Upstream)
 	if err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = cause
-		}
 		_ = r.Reject(http.StatusServiceUnavailable, "")
-		return outcome{err: &upstreamError{err}}
+		return dialFailed(ctx, err)
 	}
 	var fields []hbone.Field
 	if p.cfg.ResponseBaggage {
@@ -211,16 +184,42 @@ func (t *inboundTunnel) carry(ctx context.Context, r *hbone.Request, in inboundR
 	return outcomeOf(result, false)
 }
 
-// authorize asks the policies and logs what they said.
-func (p *Proxy) authorize(ctx context.Context, c state.Conn) error {
+// dialFailed is the end of a request whose upstream connection did not come
+// about. That the client gave up meanwhile is its own act (design D6).
+func dialFailed(ctx context.Context, err error) outcome {
+	cause := context.Cause(ctx)
+	var reset *hbone.StreamError
+	switch {
+	case errors.As(cause, &reset) && reset.Remote:
+		return outcome{reset: resetDownstream}
+	case cause != nil:
+		err = cause
+	}
+	return outcome{err: &upstreamError{err}}
+}
+
+// span makes the logger of one request: its lines carry the client's trace.
+func (t *inboundTunnel) span(r *hbone.Request) *slog.Logger {
+	header, _ := fieldValue(r.Fields, fieldTraceparent)
+	id, ok := parseTraceparent(header)
+	if !ok {
+		id = newTraceID()
+	}
+	return zlog.Span(t.p.rbac, "inbound", slog.String("id", id.String()), slog.Any("peer", t.src))
+}
+
+// authorize asks the policies and logs what they said, to the logger that span
+// makes if there is anything to log.
+func (p *Proxy) authorize(ctx context.Context, c state.Conn, span func() *slog.Logger) error {
 	verdict := p.cfg.Store.Authorize(c)
 	level := slog.LevelDebug
 	if p.cfg.PolicyInfoLogging {
 		level = slog.LevelInfo
 	}
-	if p.rbac.Enabled(ctx, level) {
+	if p.rbac.Enabled(ctx, level) && len(verdict.Events) > 0 {
+		log := span()
 		for _, e := range verdict.Events {
-			p.rbac.LogAttrs(ctx, level, e.Message, slog.String("policy", e.Policy))
+			log.LogAttrs(ctx, level, e.Message, slog.String("policy", e.Policy))
 		}
 	}
 	for _, policy := range verdict.Missing {
@@ -245,12 +244,9 @@ func (t *inboundTunnel) connection(r *hbone.Request, in inboundRequest) *connect
 		}
 	}
 	// What the store knows of the client's address outweighs what the client
-	// says of itself, unless a gateway stands between us.
-	network, fromGateway := fieldValue(r.Fields, fieldForwardedNetwork)
-	if !fromGateway || strings.EqualFold(network, p.cfg.NetworkID) {
-		if w, ok := p.cfg.Store.Workload(p.cfg.NetworkID, t.src.Addr()); ok {
-			c.source = partyOf(w)
-		}
+	// says of itself.
+	if w, ok := p.cfg.Store.Workload(p.cfg.NetworkID, t.src.Addr()); ok {
+		c.source = partyOf(w)
 	}
 	c.source.principal = in.identity.String()
 	c.destination.principal = in.local.Identity.String()

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"fmt"
 	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -13,28 +14,33 @@ import (
 // leaseHolder keeps the one lease of a proxy. It follows the local workload's
 // identity, which the store may change.
 type leaseHolder struct {
-	certs *ca.Manager
+	cfg *Config
 
 	mu    sync.Mutex // guards id, lease
 	id    spiffeid.ID
 	lease *ca.Lease
 }
 
-// leaseFor is the lease for w's identity.
-func (h *leaseHolder) leaseFor(w *state.Workload, podUID string) *ca.Lease {
+// leaseFor is the lease for w's identity. Only the workload that the store has
+// now can change it: a connection that still holds an older one must not take
+// the certificate from the others, and gets an error.
+func (h *leaseHolder) leaseFor(w *state.Workload, podUID string) (*ca.Lease, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.lease != nil && h.id == w.Identity {
-		return h.lease
+		return h.lease, nil
+	}
+	if now, ok := h.cfg.Store.Local(h.cfg.Local); !ok || now.Identity != w.Identity {
+		return nil, fmt.Errorf("the local workload is no longer %s", w.Identity)
 	}
 	old := h.lease
-	h.id, h.lease = w.Identity, h.certs.Acquire(ca.WorkloadRef{
+	h.id, h.lease = w.Identity, h.cfg.Certs.Acquire(ca.WorkloadRef{
 		ID: w.Identity, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, Pod: w.Name, UID: podUID,
 	})
 	if old != nil {
 		old.Release()
 	}
-	return h.lease
+	return h.lease, nil
 }
 
 func (h *leaseHolder) release() {
@@ -48,11 +54,26 @@ func (h *leaseHolder) release() {
 
 // svid is the certificate with which we act for w.
 func (p *Proxy) svid(ctx context.Context, w *state.Workload) (*ca.SVID, error) {
+	lease, err := p.identity.leaseFor(w, p.cfg.PodUID)
+	if err != nil {
+		return nil, &identityError{err}
+	}
+	if svid, ok := lease.Current(); ok {
+		return svid, nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.CertificateWait)
 	defer cancel()
-	svid, err := p.identity.leaseFor(w, p.cfg.PodUID).SVID(ctx)
+	svid, err := lease.SVID(ctx)
 	if err != nil {
 		return nil, &identityError{err}
 	}
 	return svid, nil
+}
+
+// followTrust retires the outbound tunnels that were made under another trust
+// than the lease has now (design §3, tunnels and certificates).
+func (p *Proxy) followTrust(lease *ca.Lease) {
+	if svid, ok := lease.Current(); ok {
+		p.retireEpoch(svid.Epoch())
+	}
 }

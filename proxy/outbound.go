@@ -58,7 +58,8 @@ func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) {
 		p.earlyDeny(ctx, reporterSource, why, src, dst, err)
 		conn.Close()
 	}
-	if dst.Addr().IsLoopback() && p.illegalPort(dst.Port()) {
+	// A connection that nothing redirected was dialled to our listener itself.
+	if p.illegalPort(dst.Port()) && (dst.Addr().IsLoopback() || dst == conn.Local()) {
 		deny(rejectSelfCall, errSelfCall)
 		return
 	}
@@ -67,20 +68,23 @@ func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) {
 		deny(rejectUnknownWorkload, err)
 		return
 	}
+	if p.illegalPort(dst.Port()) && slices.Contains(local.IPs, dst.Addr()) {
+		deny(rejectSelfCall, errSelfCall)
+		return
+	}
 	query := state.Query{Source: local, SourceIP: src.Addr(), Dst: dst}
 	route, err := p.cfg.Store.Route(query)
 	if err != nil {
 		deny(rejectRoute, err)
 		return
 	}
-	untrack := p.tracker.trackOutbound(OutboundConnection{src, dst, route.NextHop, route.Protocol})
-	defer untrack()
-
 	connecting, connected := watchReset(ctx, conn)
-	route, up, err := p.connectRetried(connecting, src, query, route)
+	route, up, untrack, err := p.connectRetried(connecting, src, query, route)
 	connected()
+	defer untrack()
 	c := outboundConnection(src, local, route)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
+	defer c.abandon(ctx)
 	if err != nil {
 		conn.Close()
 		c.end(ctx, connectFailed(err))
@@ -142,21 +146,28 @@ func connectFailed(err error) outcome {
 
 // connectRetried connects to the route's next hop. When that fails before any
 // byte of the application was taken, a service gets a second chance with another
-// endpoint, once (design D8). It returns the route that was taken.
-func (p *Proxy) connectRetried(ctx context.Context, src netip.AddrPort, query state.Query, route state.Route) (state.Route, upstream, error) {
-	up, err := p.connect(ctx, src, query.Source, route)
+// endpoint, once (design D8). It returns the route that was taken, which is
+// tracked until untrack is called.
+func (p *Proxy) connectRetried(ctx context.Context, src netip.AddrPort, query state.Query, route state.Route) (_ state.Route, up upstream, untrack func(), err error) {
+	track := func(r state.Route) func() {
+		return p.tracker.trackOutbound(OutboundConnection{src, query.Dst, r.NextHop, r.Protocol})
+	}
+	untrack = track(route)
+	up, err = p.connect(ctx, src, query.Source, route)
 	var dial *dialError
 	if err == nil || route.Service == nil || route.Workload == nil || !errors.As(err, &dial) || ctx.Err() != nil {
-		return route, up, err
+		return route, up, untrack, err
 	}
 	query.Avoid = []string{route.Workload.UID}
 	other, routeErr := p.cfg.Store.Route(query)
 	if routeErr != nil || other.NextHop == route.NextHop {
-		return route, up, err
+		return route, up, untrack, err
 	}
 	p.log.DebugContext(ctx, "endpoint failed, trying another", "failed", route.NextHop, "next", other.NextHop, "error", err.Error())
+	untrack()
+	untrack = track(other)
 	up, err = p.connect(ctx, src, query.Source, other)
-	return other, up, err
+	return other, up, untrack, err
 }
 
 func (p *Proxy) connect(ctx context.Context, src netip.AddrPort, local *state.Workload, route state.Route) (upstream, error) {
@@ -204,6 +215,7 @@ func (p *Proxy) openStream(ctx context.Context, src netip.AddrPort, local *state
 		return stream, nil
 	}
 	var (
+		workload *unknownWorkloadError
 		identity *identityError
 		dial     *dialError
 		config   *tlsConfigError
@@ -211,7 +223,7 @@ func (p *Proxy) openStream(ctx context.Context, src netip.AddrPort, local *state
 	switch {
 	case ctx.Err() != nil:
 		return nil, context.Cause(ctx)
-	case errors.As(err, &identity), errors.As(err, &dial), errors.As(err, &config):
+	case errors.As(err, &workload), errors.As(err, &identity), errors.As(err, &dial), errors.As(err, &config):
 		return nil, err
 	}
 	return nil, &openError{err}

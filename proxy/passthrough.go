@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"log/slog"
 	"net/netip"
 	"time"
 
@@ -35,6 +36,7 @@ func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) {
 	}
 	c := p.passthroughConnection(src, dst, local)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
+	defer c.abandon(ctx)
 	c.end(ctx, p.carryPlain(ctx, conn, state.Conn{Src: src, Dst: dst, Destination: local}, c))
 }
 
@@ -43,7 +45,7 @@ func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) {
 func (p *Proxy) carryPlain(ctx context.Context, conn netns.Conn, rbac state.Conn, c *connection) outcome {
 	ctx, release := p.tracker.trackInbound(ctx, rbac, "")
 	defer release()
-	if denied := p.authorize(ctx, rbac); denied != nil {
+	if denied := p.authorize(ctx, rbac, func() *slog.Logger { return p.rbac }); denied != nil {
 		conn.Close()
 		return outcome{err: denied}
 	}
@@ -53,11 +55,8 @@ func (p *Proxy) carryPlain(ctx context.Context, conn netns.Conn, rbac state.Conn
 	}
 	up, err := p.cfg.Network.Dial(ctx, src, rbac.Dst)
 	if err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = cause
-		}
 		conn.Close()
-		return outcome{err: &upstreamError{err}}
+		return dialFailed(ctx, err)
 	}
 	return pipeTCP(ctx, conn, up, c.receivedBytes(), c.sentBytes())
 }

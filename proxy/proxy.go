@@ -34,8 +34,8 @@ type Config struct {
 
 	// The listeners' addresses: captured outbound, HBONE, captured inbound plaintext.
 	OutboundAddr, InboundAddr, PassthroughAddr netip.AddrPort
-	// IllegalPorts are never dialled on behalf of anyone: our own listeners
-	// (spec/datapath.md §3.5).
+	// IllegalPorts are never dialled on behalf of anyone, as are those of the
+	// three listeners (spec/datapath.md §3.5).
 	IllegalPorts []uint16
 	NetworkID    string // the network of this node
 
@@ -66,14 +66,15 @@ type Proxy struct {
 	server     *hbone.Server
 	pool       *hbone.Pool[poolKey]
 	tracker    *conntrack
-	handshakes chan struct{}
+	handshakes *handshakes
 
 	identity leaseHolder
 	epoch    atomic.Pointer[ca.Epoch] // of the SVID that outbound tunnels use
 	facts    atomic.Pointer[localFacts]
-	missing  sync.Map // policy names that were reported as missing; bounded by what the workload names
+	missing  sync.Map // policy names that were reported as missing, since the local workload last changed
 
-	draining sync.Once
+	mu      sync.Mutex // guards drained, and the listeners against Listen during Drain
+	drained bool
 }
 
 // New checks cfg. It opens and starts nothing: Listen binds, Run serves.
@@ -81,6 +82,8 @@ func New(cfg Config) (*Proxy, error) {
 	switch {
 	case cfg.Network == nil, cfg.Store == nil, cfg.Certs == nil, cfg.Metrics == nil:
 		return nil, errors.New("proxy: Network, Store, Certs and Metrics are required")
+	case !cfg.OutboundAddr.IsValid() || !cfg.InboundAddr.IsValid() || !cfg.PassthroughAddr.IsValid():
+		return nil, errors.New("proxy: the addresses of the three listeners are required")
 	case cfg.Local.Name == "" || cfg.Local.Namespace == "" || cfg.Local.ServiceAccount == "":
 		return nil, fmt.Errorf("proxy: the local workload %+v needs a name, a namespace and a service account", cfg.Local)
 	}
@@ -90,6 +93,12 @@ func New(cfg Config) (*Proxy, error) {
 	cfg.WorkloadWait = cmp.Or(cfg.WorkloadWait, 5*time.Second)
 	cfg.CertificateWait = cmp.Or(cfg.CertificateWait, 10*time.Second)
 	cfg.MaxHandshakes = cmp.Or(cfg.MaxHandshakes, 64*runtime.GOMAXPROCS(0))
+	cfg.IllegalPorts = slices.Clone(cfg.IllegalPorts)
+	for _, addr := range []netip.AddrPort{cfg.OutboundAddr, cfg.InboundAddr, cfg.PassthroughAddr} {
+		if !slices.Contains(cfg.IllegalPorts, addr.Port()) {
+			cfg.IllegalPorts = append(cfg.IllegalPorts, addr.Port())
+		}
+	}
 
 	p := &Proxy{
 		cfg:        cfg,
@@ -98,9 +107,9 @@ func New(cfg Config) (*Proxy, error) {
 		rbac:       cfg.Log.With("component", "rbac"),
 		server:     hbone.NewServer(cfg.HBONE),
 		tracker:    newConntrack(),
-		handshakes: make(chan struct{}, cfg.MaxHandshakes),
+		handshakes: newHandshakes(cfg.MaxHandshakes),
 	}
-	p.identity.certs = cfg.Certs
+	p.identity.cfg = &p.cfg
 	p.pool = hbone.NewPool(hbone.PoolConfig[poolKey]{
 		Config:      cfg.HBONE,
 		Dial:        p.dialTunnel,
@@ -112,8 +121,14 @@ func New(cfg Config) (*Proxy, error) {
 }
 
 // Listen binds the three listeners, all or none (spec/datapath.md §2.1). They
-// accept into the kernel's queue until Run serves them.
+// accept into the kernel's queue until Run serves them. After Drain it is an
+// error.
 func (p *Proxy) Listen(ctx context.Context) (err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.drained {
+		return ErrDraining
+	}
 	defer func() {
 		if err != nil {
 			p.closeListeners()
@@ -137,6 +152,7 @@ func (p *Proxy) Listen(ctx context.Context) (err error) {
 	return nil
 }
 
+// closeListeners closes what is open. The caller holds p.mu.
 func (p *Proxy) closeListeners() {
 	for _, l := range []netns.Listener{p.inbound, p.passthrough, p.outbound} {
 		if l != nil {
@@ -153,8 +169,11 @@ func (p *Proxy) Connections() Connections { return p.tracker.snapshot() }
 
 // Run serves what Listen bound. It returns when the last connection has ended
 // after Drain, or, with every connection cut, when ctx ends: their log lines
-// then carry the cause of ctx.
+// then carry the cause of ctx. It may be called once, after Listen.
 func (p *Proxy) Run(ctx context.Context) error {
+	if p.outbound == nil || p.inbound == nil || p.passthrough == nil {
+		return errors.New("proxy: Run without Listen")
+	}
 	watchCtx, stopWatch := context.WithCancel(ctx)
 	var watchers sync.WaitGroup
 	watchers.Go(func() { p.watchState(watchCtx) })
@@ -176,10 +195,14 @@ func (p *Proxy) Run(ctx context.Context) error {
 // Drain stops accepting and tells the peers by GOAWAY; connections that are
 // open go on. Run returns when the last has ended. Idempotent, does not block.
 func (p *Proxy) Drain() {
-	p.draining.Do(func() {
-		p.closeListeners()
-		p.server.Drain()
-	})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.drained {
+		return
+	}
+	p.drained = true
+	p.closeListeners()
+	p.server.Drain()
 }
 
 // acceptLoop owns the connections that it accepts: it returns when the listener
@@ -256,24 +279,58 @@ func (p *Proxy) localWorkload(ctx context.Context) (*state.Workload, error) {
 	}
 }
 
-// watchState follows the store: it re-checks the open connections against the
-// policies, retires tunnels to workloads that are no longer at their address,
-// and fetches the certificate before the first connection asks for it.
+// watchState follows the store and our certificate: it re-checks the open
+// connections against the policies, lets tunnels end whose workload has moved
+// or whose trust is no longer ours, and fetches the certificate before the
+// first connection asks for it.
 func (p *Proxy) watchState(ctx context.Context) {
+	var local *state.Workload
+	var policies <-chan struct{} // nil: they have changed since the last look
 	for {
-		changed := p.cfg.Store.Changed() // before the look, so that no change is lost
-		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
-			p.identity.leaseFor(w, p.cfg.PodUID)
+		// The channels before the look, so that no change is lost.
+		changed, policiesChanged := p.cfg.Store.Changed(), p.cfg.Store.PoliciesChanged()
+		renewed := never
+		w, ok := p.cfg.Store.Local(p.cfg.Local)
+		if ok {
+			if lease, err := p.identity.leaseFor(w, p.cfg.PodUID); err == nil {
+				renewed = lease.Changed()
+				p.followTrust(lease)
+			}
 		}
-		p.recheckPolicies(ctx)
+		if ok && w != local {
+			local, policies = w, nil // its policy list may be another one
+			p.missing.Clear()
+		}
+		if policies == nil || isClosed(policies) {
+			policies = policiesChanged
+			p.recheckPolicies(ctx)
+		}
 		p.retireMoved()
 		select {
 		case <-changed:
+		case <-policiesChanged:
+		case <-renewed:
 		case <-ctx.Done():
 			return
 		}
 	}
 }
+
+// never is not closed by anyone.
+var never <-chan struct{}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// releaseWait bounds the wait for connections that a policy change has ended: a
+// stuck one must not keep later changes from being enforced.
+const releaseWait = 5 * time.Second
 
 // recheckPolicies ends the inbound connections that the policies deny now
 // (spec/datapath.md §12.2). It judges them with the workload as the store has
@@ -285,7 +342,9 @@ func (p *Proxy) recheckPolicies(ctx context.Context) {
 		}
 		return p.cfg.Store.Authorize(c).Denied != nil
 	})
-	wait(ctx)
+	bounded, cancel := context.WithTimeout(ctx, releaseWait)
+	defer cancel()
+	wait(bounded)
 	for _, c := range ended {
 		p.log.InfoContext(ctx, "connection closed by a policy change",
 			"connection", fmt.Sprintf("%s(%s)->%s (%s)", c.Src, c.Identity, c.Dst, c.Destination.UID))

@@ -39,6 +39,8 @@ func reason(err error) (text, flag string) {
 		return "", flagNone
 	case errors.Is(err, ErrDraining):
 		return ErrDraining.Error(), flagNone
+	case errors.Is(err, errAbandoned):
+		return errAbandoned.Error(), flagNone
 	case errors.Is(err, ErrPolicyChanged):
 		return ErrPolicyChanged.Error(), flagDeny
 	case errors.As(err, &denied):

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"math/rand/v2"
 )
@@ -10,15 +11,9 @@ type traceID [16]byte
 
 // newTraceID draws an ID. It names, it protects nothing: math/rand is enough.
 func newTraceID() (t traceID) {
-	putUint64(t[:8], rand.Uint64())
-	putUint64(t[8:], rand.Uint64())
+	binary.NativeEndian.PutUint64(t[:8], rand.Uint64())
+	binary.NativeEndian.PutUint64(t[8:], rand.Uint64())
 	return t
-}
-
-func putUint64(b []byte, v uint64) {
-	for i := range 8 {
-		b[i] = byte(v >> (8 * i))
-	}
 }
 
 func (t traceID) String() string { return hex.EncodeToString(t[:]) }
@@ -26,7 +21,7 @@ func (t traceID) String() string { return hex.EncodeToString(t[:]) }
 // traceparent renders the header: version 00, the trace, a fresh parent, no flags.
 func (t traceID) traceparent() string {
 	var parent [8]byte
-	putUint64(parent[:], rand.Uint64())
+	binary.NativeEndian.PutUint64(parent[:], rand.Uint64())
 	return "00-" + t.String() + "-" + hex.EncodeToString(parent[:]) + "-00"
 }
 
