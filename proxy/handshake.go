@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+
+	"github.com/ztunnel-go/ztunnel/ca"
 )
 
 // handshakes are the places for concurrent TLS handshakes: without a cap, a
@@ -80,33 +82,27 @@ func (p *Proxy) newHandshake(src netip.Addr) *handshake {
 	return &handshake{p: p, src: src, leave: func() {}}
 }
 
-// config is a configuration that does its work when the ClientHello is there: a
-// connection that says nothing takes no place and needs no certificate.
-func (h *handshake) config(context.Context) (*tls.Config, error) {
-	return &tls.Config{
-		MinVersion:         tls.VersionTLS12, // the real one decides, in hello
-		GetConfigForClient: h.hello,
-	}, nil
-}
-
-// hello waits for a certificate and for a place. The place is free again when
-// the peer was verified, which ends the costly part, or when the connection
-// ends.
-func (h *handshake) hello(info *tls.ClientHelloInfo) (*tls.Config, error) {
-	ctx := info.Context()
+// config is the configuration of the handshake. A place is taken when the
+// ClientHello is there, so that a connection that says nothing takes none, and
+// is free again when the peer was verified, which ends the costly part, or when
+// the connection ends.
+func (h *handshake) config(ctx context.Context) (*tls.Config, error) {
 	local, err := h.p.localWorkload(ctx)
 	if err != nil {
 		return nil, err
 	}
-	config, err := h.p.serverTLS(ctx, local)
+	svid, err := h.p.svid(ctx, local)
 	if err != nil {
 		return nil, err
 	}
-	leave, err := h.p.handshakes.enter(ctx, h.src)
-	if err != nil {
-		return nil, err
+	config := ca.ServerTLS(svid, h.p.cfg.TLS).Clone()
+	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		leave, err := h.p.handshakes.enter(hello.Context(), h.src)
+		if err == nil {
+			h.leave = sync.OnceFunc(leave)
+		}
+		return nil, err // go on with this configuration
 	}
-	h.leave = sync.OnceFunc(leave)
 	verify := config.VerifyConnection
 	config.VerifyConnection = func(cs tls.ConnectionState) error {
 		defer h.leave()

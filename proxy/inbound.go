@@ -66,17 +66,6 @@ func peerOnce() func(tls.ConnectionState) (spiffeid.ID, error) {
 	}
 }
 
-// serverTLS is the configuration with which we accept tunnels for local.
-func (p *Proxy) serverTLS(ctx context.Context, local *state.Workload) (*tls.Config, error) {
-	svid, err := p.svid(ctx, local)
-	if err != nil {
-		return nil, err
-	}
-	config := ca.ServerTLS(svid, p.cfg.TLS).Clone()
-	config.DynamicRecordSizingDisabled = true // as package hbone has it: its batches make large records
-	return config, nil
-}
-
 // refusal is a request that ends before it is opened: a status and one log line.
 type refusal struct {
 	status int
