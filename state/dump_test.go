@@ -103,7 +103,7 @@ func TestDump(t *testing.T) {
 `},
 		{"most of a workload", Update{Workloads: []WorkloadUpdate{{Workload: &Workload{
 			UID: "<u&>", Name: "n", Namespace: "ns", ServiceAccount: "sa", TrustDomain: "td", Network: "net", Node: "node", ClusterID: "c",
-			IPs: ips("10.0.0.1", "::ffff:10.0.0.1"), Hostname: "h", Protocol: HBONE, NetworkMode: HostNetwork, Health: Unhealthy, Capacity: 2,
+			IPs: ips("10.0.0.1", "fd00::1"), Hostname: "h", Protocol: HBONE, NetworkMode: HostNetwork, Health: Unhealthy, Capacity: 2,
 			NativeTunnel: true, WorkloadName: "wn", WorkloadType: "job", CanonicalName: "cn", CanonicalRevision: "cr", Locality: Locality{Zone: "z"},
 			Waypoint:              &GatewayAddress{Address: NetworkAddress{"defaultnw", addr("127.0.0.10")}, Port: 15008},
 			NetworkGateway:        &GatewayAddress{Hostname: host("ns", "gw"), Port: 15009},
@@ -153,7 +153,7 @@ func TestDump(t *testing.T) {
    },
    "workloadIps": [
     "10.0.0.1",
-    "::ffff:10.0.0.1"
+    "fd00::1"
    ],
    "workloadName": "wn",
    "workloadType": "job"

@@ -17,6 +17,8 @@ func (s *Store) Inbound(q InboundQuery) (InboundRoute, error) {
 	if q.Local == nil {
 		return InboundRoute{}, errors.New("no local workload")
 	}
+	q.Addr = netip.AddrPortFrom(q.Addr.Addr().Unmap(), q.Addr.Port())
+	q.ConnDst = netip.AddrPortFrom(q.ConnDst.Addr().Unmap(), q.ConnDst.Port())
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	byName := q.Host != ""

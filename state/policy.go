@@ -115,6 +115,10 @@ func newPolicy(in *Policy) (*policy, error) {
 	if err := in.check(); err != nil {
 		return nil, err
 	}
+	rules, err := unmapRules(in.Rules)
+	if err != nil {
+		return nil, err
+	}
 	key := in.Key()
 	message := "allow policy match"
 	if in.Action == Deny {
@@ -123,13 +127,15 @@ func newPolicy(in *Policy) (*policy, error) {
 	if in.DryRun {
 		message = "dry-run: " + message
 	}
-	return &policy{
+	p := &policy{
 		Policy: *in,
 		key:    key,
 		denied: &Denied{Policy: key},
 		keys:   []string{key},
 		events: []PolicyEvent{{Message: message, Policy: key}},
-	}, nil
+	}
+	p.Rules = rules
+	return p, nil
 }
 
 // newTombstone stands for a rejected policy of which no good version is known
@@ -179,13 +185,6 @@ func (m *Match) check() error {
 		for _, s := range list {
 			if s.Kind > Presence {
 				return fmt.Errorf("unknown string match %d", s.Kind)
-			}
-		}
-	}
-	for _, list := range [...][]netip.Prefix{m.SourceIPs, m.NotSourceIPs, m.DestinationIPs, m.NotDestinationIPs} {
-		for _, prefix := range list {
-			if !prefix.IsValid() {
-				return errors.New("invalid cidr in a match")
 			}
 		}
 	}

@@ -56,6 +56,7 @@ func (s *Store) route(q *Query, e *Explanation) (Route, error) {
 	if !q.Dst.IsValid() {
 		return Route{}, errors.New("no destination address")
 	}
+	q.Dst = netip.AddrPortFrom(q.Dst.Addr().Unmap(), q.Dst.Port())
 	t := s.tables
 	addressed, target := t.at(s.cfg.Network, q.Dst.Addr(), q.Source.Namespace)
 	e.address(q, addressed, target)

@@ -189,26 +189,11 @@ func (s *Store) newService(in *Service) (*service, error) {
 		return nil, errors.New("hostname is empty")
 	}
 	svc := &service{Service: *in, ref: ServiceRef{Hostname: in.Hostname, Name: in.Name, Namespace: in.Namespace}}
-	for _, vip := range svc.VIPs {
-		if !vip.Addr.IsValid() {
-			return nil, errors.New("an address is not valid")
-		}
-	}
-	for _, c := range svc.CIDRVIPs {
-		if !c.Prefix.IsValid() {
-			return nil, errors.New("invalid cidr: the prefix length is too long for the address")
-		}
+	if err := svc.unmap(); err != nil {
+		return nil, err
 	}
 	if svc.IPFamilies > IPv6Only {
 		return nil, fmt.Errorf("unknown enum: IP families %d", svc.IPFamilies)
-	}
-	if err := checkGateway("waypoint", svc.Waypoint); err != nil {
-		return nil, err
-	}
-	for i := range svc.WeightedWaypoints {
-		if err := checkGateway("weighted waypoint", &svc.WeightedWaypoints[i].Destination); err != nil {
-			return nil, err
-		}
 	}
 	if err := svc.LoadBalancer.check(); err != nil {
 		return nil, err
@@ -220,6 +205,16 @@ func (s *Store) newService(in *Service) (*service, error) {
 		}
 	}
 	return svc, nil
+}
+
+// unmap brings the addresses of s into the form of the Store.
+func (s *service) unmap() error {
+	var vipErr, cidrErr, waypointErr, weightedErr error
+	s.VIPs, vipErr = unmapAll("VIPs", s.VIPs, unmapNetworkAddress)
+	s.CIDRVIPs, cidrErr = unmapAll("CIDR VIPs", s.CIDRVIPs, unmapCIDR)
+	s.Waypoint, waypointErr = unmapGateway("waypoint", s.Waypoint)
+	s.WeightedWaypoints, weightedErr = unmapAll("weighted waypoints", s.WeightedWaypoints, unmapWeighted)
+	return errors.Join(vipErr, cidrErr, waypointErr, weightedErr)
 }
 
 func (lb *LoadBalancer) check() error {

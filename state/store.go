@@ -81,7 +81,9 @@ func New(cfg Config) *Store {
 }
 
 // Update is the content of one response of a control plane. Its parts are
-// carried out in the order of the fields.
+// carried out in the order of the fields. IPv4-mapped IPv6 addresses and ranges
+// in it are stored as IPv4; a resource is rejected if an address has a zone, or a
+// range reaches from the mapped addresses beyond them.
 type Update struct {
 	Workloads []WorkloadUpdate
 	Services  []*Service
@@ -303,7 +305,7 @@ func (s *Store) Local(ref Ref) (*Workload, bool) {
 func (s *Store) Workload(network string, addr netip.Addr) (*Workload, bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return exported(s.tables.workloadAt(network, addr))
+	return exported(s.tables.workloadAt(network, addr.Unmap()))
 }
 
 // WorkloadByUID returns the workload of a UID.

@@ -103,12 +103,7 @@ func (s *Store) newWorkload(u *WorkloadUpdate) (*workload, error) {
 	if w.Health > Unhealthy {
 		return nil, fmt.Errorf("unknown enum: status %d", w.Health)
 	}
-	for _, ip := range w.IPs {
-		if !ip.IsValid() {
-			return nil, errors.New("an address is not valid")
-		}
-	}
-	if err := errors.Join(checkGateway("waypoint", w.Waypoint), checkGateway("network gateway", w.NetworkGateway)); err != nil {
+	if err := w.unmap(); err != nil {
 		return nil, err
 	}
 	w.TrustDomain = or(w.TrustDomain, s.cfg.DefaultTrustDomain)
@@ -171,11 +166,13 @@ func (w *workload) owns(ip netip.Addr) bool {
 	return false
 }
 
-func checkGateway(what string, g *GatewayAddress) error {
-	if g != nil && !g.Address.Addr.IsValid() && g.Hostname.Hostname == "" {
-		return fmt.Errorf("nonempty gateway address is missing address: %s", what)
-	}
-	return nil
+// unmap brings the addresses of w into the form of the Store.
+func (w *workload) unmap() error {
+	var ipErr, waypointErr, gatewayErr error
+	w.IPs, ipErr = unmapAll("workload IPs", w.IPs, unmapAddr)
+	w.Waypoint, waypointErr = unmapGateway("waypoint", w.Waypoint)
+	w.NetworkGateway, gatewayErr = unmapGateway("network gateway", w.NetworkGateway)
+	return errors.Join(ipErr, waypointErr, gatewayErr)
 }
 
 func or(s, otherwise string) string {

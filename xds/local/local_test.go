@@ -269,6 +269,8 @@ func TestMalformed(t *testing.T) {
 		{"locality", workload("locality: {region: r}"), []string{"missing key zone", "missing key subzone"}},
 		{"tunnel", workload("applicationTunnel: {protocol: HTTP}"), []string{"want one of NONE, PROXY"}},
 		{"gateway", workload("waypoint: {destination: x, hboneMtlsPort: 1}"), []string{`waypoint.destination: got "x", want network/IP or namespace/hostname`}},
+		{"gateway zone", workload("waypoint: {destination: \"a/fe80::1%eth0\", hboneMtlsPort: 1}"), []string{`waypoint.destination: got "a/fe80::1%eth0", want an IP address without a zone`}},
+		{"mapped range", match("{sourceIps: [\"::ffff:10.0.0.0/90\"]}"), []string{"f:2: policies[0]: source IPs: invalid cidr: ::ffff:10.0.0.0/90: want a length of at least 96"}},
 		{"gateway port", workload("waypoint: {destination: a/b}"), []string{"missing key hboneMtlsPort"}},
 		{"trust domain", workload("trustDomain: UPPER"), []string{`f:2: workloads[0]: trust domain "UPPER"`}},
 		{"trust domain with a scheme", workload("trustDomain: spiffe://td"), []string{"trust domain"}},

@@ -235,7 +235,11 @@ func (p *parser) gateway(o *object, key string) *state.GatewayAddress {
 		return nil
 	}
 	if ip, err := netip.ParseAddr(second); err == nil {
-		gateway.Address = state.NetworkAddress{Network: first, Addr: ip.WithZone("")}
+		if ip.Zone() != "" {
+			g.fail("destination", "got %q, want an IP address without a zone", dst)
+			return nil
+		}
+		gateway.Address = state.NetworkAddress{Network: first, Addr: ip}
 	} else {
 		gateway.Hostname = state.NamespacedHostname{Namespace: first, Hostname: second}
 	}
