@@ -165,9 +165,10 @@ type subject struct {
 	identified bool
 	// The identity, split before the first slash of its path.
 	trustDomain, path string
-	// From the path; empty without an identity, with one of another form, and, if
-	// so configured, with one of a foreign trust domain.
+	// From the path; empty without an identity, with one of another form, and with
+	// a foreign one.
 	namespace, account string
+	foreign            bool // of a foreign trust domain whose namespaces are not ours (IgnoreForeign)
 	// Trust domains that are the same as trustDomain; none if there is no other.
 	ownDomain string
 	aliases   []string
@@ -194,7 +195,8 @@ func (s *Store) subject(c *Conn) subject {
 	if local && (sub.trustDomain != own || slices.ContainsFunc(aliases, func(td string) bool { return td != own })) {
 		sub.ownDomain, sub.aliases = own, aliases
 	}
-	if local || s.cfg.AuthzForeignTrustDomain == MatchForeign {
+	sub.foreign = !local && s.cfg.AuthzForeignTrustDomain == IgnoreForeign
+	if !sub.foreign {
 		sub.namespace, sub.account = splitPath(sub.path)
 	}
 	return sub

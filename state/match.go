@@ -38,16 +38,21 @@ func (p *policy) clause(clause Clause, sub *subject) bool {
 }
 
 func (m *Match) matches(sub *subject, action Action) bool {
-	if m.Unknown && action == Allow {
+	if action == Allow && (m.Unknown || sub.foreign && m.namesAccounts()) {
 		return false
 	}
 	return m.ports(sub) && m.addresses(sub) && m.identity(sub) && !m.empty()
 }
 
+// namesAccounts tells whether m speaks of namespaces or service accounts, be it
+// to exclude them.
+func (m *Match) namesAccounts() bool {
+	return len(m.Namespaces)+len(m.NotNamespaces)+len(m.ServiceAccounts)+len(m.NotServiceAccounts) > 0
+}
+
 func (m *Match) empty() bool {
 	return !m.Unknown &&
-		len(m.Namespaces)+len(m.NotNamespaces)+len(m.Principals)+len(m.NotPrincipals) == 0 &&
-		len(m.ServiceAccounts)+len(m.NotServiceAccounts) == 0 &&
+		!m.namesAccounts() && len(m.Principals)+len(m.NotPrincipals) == 0 &&
 		len(m.SourceIPs)+len(m.NotSourceIPs)+len(m.DestinationIPs)+len(m.NotDestinationIPs) == 0 &&
 		len(m.DestinationPorts)+len(m.NotDestinationPorts) == 0
 }

@@ -38,11 +38,11 @@ func naiveRules(p *Policy, c Conn) bool {
 	for _, rule := range p.Rules {
 		all := true
 		for _, clause := range rule {
-			any := len(clause) == 0
+			holds := len(clause) == 0
 			for _, m := range clause {
-				any = any || naiveMatch(m, c)
+				holds = holds || naiveMatch(m, p.Action, c)
 			}
-			all = all && any
+			all = all && holds
 		}
 		if all {
 			return true
@@ -51,8 +51,13 @@ func naiveRules(p *Policy, c Conn) bool {
 	return false
 }
 
-func naiveMatch(m Match, c Conn) bool {
+func naiveMatch(m Match, action Action, c Conn) bool {
 	var principal, ns, sa string
+	if !c.Identity.IsZero() && c.Identity.TrustDomain().Name() != "td" && action == Allow {
+		if m.Namespaces != nil || m.NotNamespaces != nil || m.ServiceAccounts != nil || m.NotServiceAccounts != nil {
+			return false
+		}
+	}
 	if !c.Identity.IsZero() {
 		principal = strings.TrimPrefix(c.Identity.String(), "spiffe://")
 		if parts := strings.Split(principal, "/"); len(parts) == 5 && parts[1] == "ns" && parts[3] == "sa" && parts[0] == "td" {

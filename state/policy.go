@@ -61,6 +61,8 @@ type Clause []Match
 
 // Match matches if each of its attributes does: a positive list if one entry
 // fits, a negative one if none does. A Match without attributes never matches.
+// Namespaces and service accounts are those of our trust domain and its aliases;
+// see IgnoreForeign for the others (decision D18).
 type Match struct {
 	Namespaces, NotNamespaces             []StringMatch
 	ServiceAccounts, NotServiceAccounts   []ServiceAccountMatch

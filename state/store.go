@@ -13,7 +13,12 @@ import (
 type ForeignTrustDomain uint8
 
 // With IgnoreForeign the namespace and service account of a foreign identity are
-// unknown to policies, so that only principals match it.
+// unknown to policies, so that only principals match it. What is unknown opens
+// nothing: in an ALLOW policy a Match that names namespaces or service accounts
+// never holds for such an identity, not even if it only excludes some. In a DENY
+// policy lists of what is denied do not hold, lists of what is exempt exempt
+// nothing. With MatchForeign a foreign namespace or service account is as good as
+// ours of that name.
 const (
 	IgnoreForeign ForeignTrustDomain = iota
 	MatchForeign
