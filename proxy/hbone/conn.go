@@ -26,7 +26,7 @@ type conn struct {
 	tc     *tls.Conn // nil on plaintext
 	info   *ConnInfo
 	log    *slog.Logger
-	expiry time.Time // of the first leaf to expire, zero if unknown
+	expiry time.Time // of the first leaf to expire, or of a tunnel's greatest age; zero if unknown
 
 	w        writer
 	rd       reader // owned by the reader goroutine
@@ -330,6 +330,13 @@ func (c *conn) panicked(who string, v any) {
 
 // expired tells whether a leaf certificate of the tunnel has expired.
 func (c *conn) expired() bool { return !c.expiry.IsZero() && time.Now().After(c.expiry) }
+
+// expireAfter bounds the time in which the tunnel takes new streams; 0 does not.
+func (c *conn) expireAfter(d time.Duration) {
+	if t := time.Now().Add(d); d > 0 && (c.expiry.IsZero() || t.Before(c.expiry)) {
+		c.expiry = t
+	}
+}
 
 // setTLS records the handshake's result.
 func (c *conn) setTLS(own *x509.Certificate) {

@@ -26,6 +26,9 @@ type PoolConfig[K comparable] struct {
 	// ConnsPerKey is how many tunnels are opened for a key before they share
 	// streams. Default 1.
 	ConnsPerKey int
+	// MaxAge is how long a tunnel takes new streams after it was dialled. Default
+	// 0: as long as its certificates are valid.
+	MaxAge time.Duration
 }
 
 // Pool keeps the tunnels of a client, by key. All methods are safe for
@@ -312,6 +315,9 @@ func (p *Pool[K]) establish(ctx context.Context, t *tunnel[K]) error {
 		return err
 	}
 	t.c, err = dialConn(ctx, p.conn, nc, tlsConfig, func(c *conn) { c.onAway = t.away })
+	if err == nil {
+		t.c.expireAfter(p.cfg.MaxAge)
+	}
 	if err == nil && t.c.limit(1) == 0 {
 		return &PrefaceError{Err: errors.New("peer allows no streams")}
 	}

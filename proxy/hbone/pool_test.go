@@ -550,3 +550,48 @@ func TestOpenInvalid(t *testing.T) {
 		}
 	}
 }
+
+// A tunnel that has reached its greatest age takes no new streams; those that it
+// has go on.
+func TestMaxAge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv := NewServer(Config{})
+		var wg sync.WaitGroup
+		p := NewPool(PoolConfig[string]{MaxAge: time.Hour, Dial: func(context.Context, string) (net.Conn, *tls.Config, error) {
+			c, s := net.Pipe()
+			wg.Go(func() {
+				if err := srv.ServeConn(context.Background(), s, nil, echoHandler); err != nil {
+					t.Errorf("ServeConn = %v", err)
+				}
+			})
+			return c, nil, nil
+		}})
+		first, err := p.Open(t.Context(), "a", "a:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour - time.Second)
+		young, err := p.Open(t.Context(), "a", "a:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		old, err := p.Open(t.Context(), "a", "a:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if young.Conn() != first.Conn() || old.Conn() == first.Conn() {
+			t.Errorf("same tunnel before the age: %t, after: %t", young.Conn() == first.Conn(), old.Conn() == first.Conn())
+		}
+		if _, err := first.Write([]byte("x")); err != nil {
+			t.Errorf("running stream: %v", err)
+		}
+		for _, st := range []Stream{first, young, old} {
+			st.Close()
+		}
+		p.Drain()
+		synctest.Wait()
+		p.Close()
+		wg.Wait()
+	})
+}
