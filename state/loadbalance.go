@@ -5,31 +5,21 @@ import (
 	"slices"
 )
 
-// pickMode says for what an endpoint is sought.
-type pickMode uint8
-
-const (
-	pickStandard pickMode = iota
-	pickWaypoint          // the service need not declare the port if the endpoint has an application tunnel
-)
-
 // picker chooses an endpoint of a service (spec/state-xds-dns.md §4.7).
 type picker struct {
-	t        *tables
-	src      *Workload
-	port     uint16 // of the service
-	mode     pickMode
-	avoid    []string
-	draw     func(uint64) uint64
-	svcPort  uint16 // target of port, 0 if each endpoint has its own
-	declared bool
+	t       *tables
+	src     *Workload
+	port    uint16 // of the service
+	avoid   []string
+	draw    func(uint64) uint64
+	svcPort uint16 // target of port, 0 if each endpoint has its own
 }
 
 // pick returns an endpoint's workload and target port, or nil if no endpoint can
 // take the connection. Connections are spread by capacity.
 func (p *picker) pick(svc *service) (*workload, uint16) {
-	p.svcPort, p.declared = target(svc.Ports, p.port)
-	if !p.declared && p.mode == pickStandard {
+	var declared bool
+	if p.svcPort, declared = target(svc.Ports, p.port); !declared {
 		return nil, 0
 	}
 	var total uint64
@@ -58,7 +48,7 @@ func (p *picker) pick(svc *service) (*workload, uint16) {
 			continue
 		}
 		if n < uint64(w.Capacity) {
-			return p.withPort(w, &svc.Endpoints[i])
+			return w, p.targetPort(&svc.Endpoints[i])
 		}
 		n -= uint64(w.Capacity)
 	}
@@ -75,15 +65,8 @@ func (p *picker) candidate(svc *service, ep *Endpoint) (*workload, int) {
 	if len(w.IPs) == 0 && w.Hostname == "" && (w.Network == p.src.Network || w.NetworkGateway == nil) {
 		return nil, 0
 	}
-	switch p.mode {
-	case pickStandard:
-		if p.svcPort == 0 {
-			if _, ok := target(ep.Ports, p.port); !ok {
-				return nil, 0
-			}
-		}
-	case pickWaypoint:
-		if !p.declared && w.ApplicationTunnel == nil {
+	if p.svcPort == 0 {
+		if _, ok := target(ep.Ports, p.port); !ok {
 			return nil, 0
 		}
 	}
@@ -98,19 +81,12 @@ func (p *picker) candidate(svc *service, ep *Endpoint) (*workload, int) {
 	return w, matched + bonus
 }
 
-// withPort adds the target port: the endpoint's own, else that of the service,
-// else the service's port as it is if the workload has a tunnel for it.
-func (p *picker) withPort(w *workload, ep *Endpoint) (*workload, uint16) {
+// targetPort is the endpoint's own target port, else that of the service.
+func (p *picker) targetPort(ep *Endpoint) uint16 {
 	if port, ok := target(ep.Ports, p.port); ok {
-		return w, port
+		return port
 	}
-	if p.svcPort > 0 {
-		return w, p.svcPort
-	}
-	if w.ApplicationTunnel != nil && w.ApplicationTunnel.Port > 0 {
-		return w, p.port
-	}
-	return nil, 0
+	return p.svcPort
 }
 
 // rank counts the preferences that match, up to the first that does not. A

@@ -90,17 +90,3 @@ func (t *tables) at(network string, ip netip.Addr, ns string) (*workload, *servi
 	}
 	return nil, t.serviceAt(network, ip, ns)
 }
-
-// named returns what stands behind namespace/hostname: a service, or else a
-// workload of that hostname.
-func (t *tables) named(name NamespacedHostname) (*workload, *service) {
-	if svc := t.services[name]; svc != nil {
-		return nil, svc
-	}
-	for _, w := range t.workloads {
-		if w.Hostname != "" && w.Hostname == name.Hostname && w.Namespace == name.Namespace {
-			return w, nil
-		}
-	}
-	return nil, nil
-}

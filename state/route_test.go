@@ -406,18 +406,13 @@ func TestDP_S06_PortMappings(t *testing.T) {
 		service  []Port
 		endpoint []Port
 		tunnel   *ApplicationTunnel
-		mode     pickMode
 		want     uint16 // 0: no endpoint
 	}{
-		{"endpoint", []Port{{80, 0}}, []Port{{80, 9090}}, nil, pickStandard, 9090},
-		{"endpoint over service", []Port{{80, 8080}}, []Port{{80, 9090}}, nil, pickStandard, 9090},
-		{"service", []Port{{80, 8080}}, nil, nil, pickStandard, 8080},
-		{"named port without the endpoint's", []Port{{80, 0}}, nil, nil, pickStandard, 0},
-		{"tunnel", []Port{{80, 0}}, nil, &ApplicationTunnel{Port: 15088}, pickWaypoint, 80},
-		{"tunnel, port not declared", nil, nil, &ApplicationTunnel{Port: 15088}, pickWaypoint, 80},
-		{"tunnel without port", nil, nil, &ApplicationTunnel{Proxy: true}, pickWaypoint, 0},
-		{"no tunnel, port not declared", nil, nil, nil, pickWaypoint, 0},
-		{"tunnel is no help to a service", []Port{{80, 0}}, nil, &ApplicationTunnel{Port: 15088}, pickStandard, 0},
+		{"endpoint", []Port{{80, 0}}, []Port{{80, 9090}}, nil, 9090},
+		{"endpoint over service", []Port{{80, 8080}}, []Port{{80, 9090}}, nil, 9090},
+		{"service", []Port{{80, 8080}}, nil, nil, 8080},
+		{"named port without the endpoint's", []Port{{80, 0}}, nil, nil, 0},
+		{"tunnel is no help to a service", []Port{{80, 0}}, nil, &ApplicationTunnel{Port: 15088}, 0},
 	}
 	for _, tt := range tests {
 		s := New(Config{})
@@ -425,7 +420,7 @@ func TestDP_S06_PortMappings(t *testing.T) {
 			Workloads: []WorkloadUpdate{inExample(Workload{UID: "w", IPs: ips("10.0.0.1"), ApplicationTunnel: tt.tunnel}, tt.endpoint...)},
 			Services:  []*Service{example(func(s *Service) { s.Ports = tt.service })},
 		})
-		p := picker{t: s.tables, src: &Workload{}, port: 80, mode: tt.mode}
+		p := picker{t: s.tables, src: &Workload{}, port: 80}
 		w, port := p.pick(s.tables.services[exampleKey])
 		if port != tt.want || (w != nil) != (tt.want != 0) {
 			t.Errorf("%s: got port %d of %v, want %d", tt.name, port, w, tt.want)

@@ -212,15 +212,6 @@ func TestST_ST05_LookupAddress(t *testing.T) {
 	if w, sv := s.tables.at("", addr("127.0.0.2"), ""); w != nil || sv != nil {
 		t.Error("127.0.0.2 is something")
 	}
-	if w, sv := s.tables.named(host("default", "defaulthost")); w != nil || sv == nil {
-		t.Error("defaulthost is no service")
-	}
-	if w, sv := s.tables.named(host("default", "by-name")); w == nil || sv != nil {
-		t.Error("by-name is no workload")
-	}
-	if w, sv := s.tables.named(host("default", "nothost")); w != nil || sv != nil {
-		t.Error("nothost is something")
-	}
 }
 
 func TestLocalNeedsNode(t *testing.T) {
