@@ -43,12 +43,12 @@ func (s *Store) Authorize(c Conn) Verdict {
 		v.Denied = p.denied
 		return v
 	}
-	if p, any := set.scan(Allow, true, &sub, &v); any && p == nil {
+	if p, exist := set.scan(Allow, true, &sub, &v); exist && p == nil {
 		v.event(PolicyEvent{Message: eventNoMatchDryRun})
 	}
-	switch p, any := set.scan(Allow, false, &sub, &v); {
+	switch p, exist := set.scan(Allow, false, &sub, &v); {
 	case p != nil:
-	case any:
+	case exist:
 		v.event(PolicyEvent{Message: eventNoMatch})
 		v.Denied = s.notAllowed
 	case v.Events == nil:
@@ -119,15 +119,15 @@ func (s *Store) applicable(w *Workload, named []*policy, v *Verdict) applicable 
 }
 
 // scan looks for policies of one kind that match and records them in v: all of
-// them in a dry run, otherwise the first, which decides. any tells whether there
+// them in a dry run, otherwise the first, which decides. exist tells whether there
 // are policies of the kind at all.
-func (a *applicable) scan(action Action, dryRun bool, sub *subject, v *Verdict) (matched *policy, any bool) {
+func (a *applicable) scan(action Action, dryRun bool, sub *subject, v *Verdict) (matched *policy, exist bool) {
 	for _, list := range [...][]*policy{a.namespace.list(action, dryRun), a.global.list(action, dryRun), a.named} {
 		for _, p := range list {
 			if p.Action != action || p.DryRun != dryRun {
 				continue
 			}
-			any = true
+			exist = true
 			if dryRun && p.tombstone || !p.matches(sub) {
 				continue
 			}
@@ -138,17 +138,12 @@ func (a *applicable) scan(action Action, dryRun bool, sub *subject, v *Verdict) 
 			}
 		}
 	}
-	return matched, any
+	return matched, exist
 }
 
-// record notes a match. The first one borrows the slices of the policy, whose
-// capacity is exhausted, so that another one copies them.
+// record notes a match. The first one borrows the slice of the policy, whose
+// capacity is exhausted, so that another one copies it.
 func (v *Verdict) record(p *policy) {
-	if v.Matches == nil {
-		v.Matches = p.keys
-	} else {
-		v.Matches = append(v.Matches, p.key)
-	}
 	if v.Events == nil {
 		v.Events = p.events
 	} else {

@@ -106,7 +106,6 @@ type policy struct {
 	key       string
 	tombstone bool // stands for a policy that was rejected
 	denied    *Denied
-	keys      []string // key alone
 	events    []PolicyEvent
 }
 
@@ -133,7 +132,6 @@ func newPolicy(in *Policy) (*policy, error) {
 		Policy: *in,
 		key:    key,
 		denied: &Denied{Policy: key},
-		keys:   []string{key},
 		events: []PolicyEvent{{Message: message, Policy: key}},
 	}
 	p.Rules = rules

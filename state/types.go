@@ -143,8 +143,7 @@ type Conn struct {
 // Its slices are shared and must not be modified.
 type Verdict struct {
 	Denied  *Denied       // nil: allowed
-	Matches []string      // dry-run and enforced policies that matched, for the policy log
-	Events  []PolicyEvent // the same, and the outcome, as the lines of the policy log
+	Events  []PolicyEvent // the policies that matched, dry-run or enforced, and the outcome: the lines of the policy log
 	Missing []string      // policies that the workload names and nobody has sent
 }
 
