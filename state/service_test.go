@@ -323,12 +323,15 @@ func TestApplyRejectsPerResource(t *testing.T) {
 	}
 	var names []string
 	for _, r := range rejected.Resources {
-		names = append(names, r.Name)
+		names = append(names, string(r.Kind)+" "+r.Name)
 		if r.Err == nil || !strings.Contains(err.Error(), r.Name+": "+r.Err.Error()) {
 			t.Errorf("%v lacks %q", err, r.Name)
 		}
 	}
-	want := []string{"upper", "slash", "proto", "gw", "noip", "", "", "", "a/", "a/cidr.a" + suffix, "a/lb.a" + suffix}
+	want := []string{
+		"workload upper", "workload slash", "workload proto", "workload gw", "workload noip", "workload ", "workload ",
+		"service ", "service a/", "service a/cidr.a" + suffix, "service a/lb.a" + suffix,
+	}
 	if diff := cmp.Diff(want, names); diff != "" {
 		t.Errorf("rejected (-want +got):\n%s", diff)
 	}

@@ -103,8 +103,19 @@ type Update struct {
 	RemovedPolicies []string // keys, namespace/name
 }
 
+// ResourceKind tells resources apart whose names are alike.
+type ResourceKind string
+
+// The kinds.
+const (
+	WorkloadResource ResourceKind = "workload"
+	ServiceResource  ResourceKind = "service"
+	PolicyResource   ResourceKind = "policy"
+)
+
 // Rejected is a resource that was not applied.
 type Rejected struct {
+	Kind ResourceKind
 	Name string // UID, namespace/hostname or namespace/name
 	Err  error
 }
@@ -146,7 +157,9 @@ type prepared struct {
 
 func (s *Store) prepare(u *Update) *prepared {
 	p := &prepared{}
-	reject := func(name string, err error) { p.rejected = append(p.rejected, Rejected{name, err}) }
+	reject := func(kind ResourceKind, name string, err error) {
+		p.rejected = append(p.rejected, Rejected{kind, name, err})
+	}
 	for i := range u.Workloads {
 		w, err := s.newWorkload(&u.Workloads[i])
 		if err != nil {
@@ -154,7 +167,7 @@ func (s *Store) prepare(u *Update) *prepared {
 			if u.Workloads[i].Workload != nil {
 				name = u.Workloads[i].Workload.UID
 			}
-			reject(name, err)
+			reject(WorkloadResource, name, err)
 			continue
 		}
 		p.workloads = append(p.workloads, w)
@@ -167,7 +180,7 @@ func (s *Store) prepare(u *Update) *prepared {
 			if in != nil {
 				name = in.Key().String()
 			}
-			reject(name, err)
+			reject(ServiceResource, name, err)
 			continue
 		}
 		p.services = append(p.services, svc)
@@ -181,7 +194,7 @@ func (s *Store) prepare(u *Update) *prepared {
 				name = in.Key()
 				tombstones = append(slices.Clip(tombstones), in)
 			}
-			reject(name, err)
+			reject(PolicyResource, name, err)
 			continue
 		}
 		p.policies = append(p.policies, pol)

@@ -192,12 +192,12 @@ func (p *parser) refuse(err error) {
 	if !errors.As(err, &rejected) {
 		return
 	}
+	places := map[state.ResourceKind]map[string]place{
+		state.WorkloadResource: p.workloads, state.ServiceResource: p.services, state.PolicyResource: p.policies,
+	}
 	for _, r := range rejected.Resources {
-		for _, places := range []map[string]place{p.workloads, p.services, p.policies} {
-			if at, ok := places[r.Name]; ok {
-				p.fail(at.node, at.path, "%v", r.Err)
-				break
-			}
+		if at, ok := places[r.Kind][r.Name]; ok {
+			p.fail(at.node, at.path, "%v", r.Err)
 		}
 	}
 }

@@ -303,6 +303,11 @@ func TestMalformed(t *testing.T) {
 		{"range without length", match("{sourceIps: [10.0.0.1]}"), []string{"want a range of addresses"}},
 		{"port", match("{destinationPorts: [70000]}"), []string{"want a number from 0 to 65535"}},
 		{"account", match("{serviceAccounts: [{namespace: a}]}"), []string{"missing key serviceAccount"}},
+		{"a policy and others of one name", "workloads: [{uid: ns/h, workloadIps: [], namespace: n, services: {}}]\n" + service("canonical: true") + "\n" +
+			"policies:\n- {name: h, namespace: ns, scope: Global, action: Allow, dryRun: false, rules: [[[{sourceIps: [\"::ffff:0.0.0.0/90\"]}]]]}",
+			[]string{"policies[0]: source IPs: invalid cidr"}},
+		{"a service and others of one name", "workloads: [{uid: ns/h, workloadIps: [], namespace: n, services: {}}]\n" +
+			service("cidrVips: [{network: n, cidr: \"::ffff:0.0.0.0/90\"}]"), []string{"services[0]: CIDR VIPs: invalid cidr"}},
 		{"rules", "policies: [{name: p, namespace: n, scope: Global, action: Allow, rules: {}, dryRun: false}]", []string{"rules: got a mapping, want a list"}},
 		{"key that is no scalar", "? [a]\n: b", []string{"got a list as a key"}},
 		{"all at once", workload("protocol: X") + "\n" + service("visibility: Y") + "\n" + match("{z: 1}"),
