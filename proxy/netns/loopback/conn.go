@@ -26,6 +26,13 @@ func (c *conn) LocalAddr() net.Addr                  { return net.TCPAddrFromAdd
 func (c *conn) RemoteAddr() net.Addr                 { return net.TCPAddrFromAddrPort(c.remote) }
 func (c *conn) OriginalDst() (netip.AddrPort, error) { return c.orig, nil }
 
+// PeerReset tells whether the peer has reset the connection. It is false where
+// the system does not tell.
+func (c *conn) PeerReset() bool {
+	socket, ok := c.Conn.(interface{ PeerReset() bool })
+	return ok && socket.PeerReset()
+}
+
 // SyscallConn implements syscall.Conn.
 func (c *conn) SyscallConn() (syscall.RawConn, error) { return c.Conn.(syscall.Conn).SyscallConn() }
 

@@ -36,9 +36,8 @@ const (
 // Fabric is a set of hosts that reach each other, and nothing else. It is safe
 // for concurrent use and holds nothing that has to be closed.
 type Fabric struct {
-	mu      sync.Mutex // guards the fields below and those of all hosts
+	mu      sync.Mutex // guards the fields below and those of all hosts and listeners
 	hosts   map[netip.Addr]*Host
-	dials   map[netip.AddrPort]flow           // by real address of the client, until accepted
 	packets map[netip.AddrPort]netip.AddrPort // real address of a UDP socket → virtual
 }
 
@@ -49,7 +48,6 @@ type flow struct{ src, local, orig netip.AddrPort }
 func New() *Fabric {
 	return &Fabric{
 		hosts:   make(map[netip.Addr]*Host),
-		dials:   make(map[netip.AddrPort]flow),
 		packets: make(map[netip.AddrPort]netip.AddrPort),
 	}
 }
@@ -59,8 +57,8 @@ type Host struct {
 	fabric    *Fabric
 	addr      netip.Addr
 	captured  bool
-	listeners map[netip.AddrPort]netip.AddrPort // virtual → real
-	udp       map[netip.AddrPort]netip.AddrPort
+	listeners map[netip.AddrPort]*listener      // by virtual address
+	udp       map[netip.AddrPort]netip.AddrPort // virtual → real
 }
 
 // Host returns the host with address a, which it makes if it is new.
@@ -73,7 +71,7 @@ func (f *Fabric) Host(a netip.Addr) *Host {
 		h = &Host{
 			fabric:    f,
 			addr:      a,
-			listeners: make(map[netip.AddrPort]netip.AddrPort),
+			listeners: make(map[netip.AddrPort]*listener),
 			udp:       make(map[netip.AddrPort]netip.AddrPort),
 		}
 		f.hosts[a] = h
@@ -125,10 +123,11 @@ func (s side) Listen(ctx context.Context, addr netip.AddrPort) (netns.Listener, 
 	if addr.Port() == 0 {
 		addr = netip.AddrPortFrom(addr.Addr(), at.Port())
 	}
-	if !s.register(s.listeners, addr, at) {
+	l := &listener{host: s.Host, ln: ln.(*net.TCPListener), addr: addr, at: at, dials: make(map[netip.AddrPort]*flow)}
+	if !register(s.fabric, s.listeners, addr, l) {
 		return nil, errors.Join(fail(os.NewSyscallError("bind", syscall.EADDRINUSE)), ln.Close())
 	}
-	return &listener{host: s.Host, ln: ln.(*net.TCPListener), addr: addr}, nil
+	return l, nil
 }
 
 func (h *Host) check(addr netip.AddrPort) error {
@@ -142,36 +141,34 @@ func (h *Host) check(addr netip.AddrPort) error {
 	return nil
 }
 
-// register enters a socket into one of the tables of h, unless the virtual
+// register enters a socket into one of the tables of a host, unless the virtual
 // address is taken.
-func (h *Host) register(table map[netip.AddrPort]netip.AddrPort, virtual, at netip.AddrPort) bool {
-	virtual = netip.AddrPortFrom(virtual.Addr().Unmap(), virtual.Port())
-	h.fabric.mu.Lock()
-	defer h.fabric.mu.Unlock()
+func register[S any](f *Fabric, table map[netip.AddrPort]S, virtual netip.AddrPort, socket S) bool {
+	virtual = unmapped(virtual)
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	for other := range table {
 		if other.Port() == virtual.Port() && (other.Addr() == virtual.Addr() ||
 			other.Addr().IsUnspecified() || virtual.Addr().IsUnspecified()) {
 			return false
 		}
 	}
-	table[virtual] = at
+	table[virtual] = socket
 	return true
 }
 
-func (h *Host) unregister(table map[netip.AddrPort]netip.AddrPort, virtual netip.AddrPort) {
-	h.fabric.mu.Lock()
-	defer h.fabric.mu.Unlock()
-	delete(table, netip.AddrPortFrom(virtual.Addr().Unmap(), virtual.Port()))
+func unmapped(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 }
 
-// lookup finds the socket behind a virtual address of h.
-func lookup(table map[netip.AddrPort]netip.AddrPort, virtual netip.AddrPort) (at netip.AddrPort, ok bool) {
+// lookup finds the socket behind a virtual address.
+func lookup[S any](table map[netip.AddrPort]S, virtual netip.AddrPort) (socket S, ok bool) {
 	for _, a := range []netip.Addr{virtual.Addr(), netip.IPv6Unspecified(), netip.IPv4Unspecified()} {
-		if at, ok = table[netip.AddrPortFrom(a, virtual.Port())]; ok {
-			return at, true
+		if socket, ok = table[netip.AddrPortFrom(a, virtual.Port())]; ok {
+			return socket, true
 		}
 	}
-	return at, false
+	return socket, false
 }
 
 // Dial implements netns.Network. The client's address is virtual: src, or that
@@ -180,8 +177,8 @@ func (s side) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (net
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
-	at, f, err := s.route(src.Unmap(), dst)
+	dst = unmapped(dst)
+	l, f, err := s.route(src.Unmap(), dst)
 	if err != nil {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: err}
 	}
@@ -193,14 +190,14 @@ func (s side) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (net
 		// connection before it exists.
 		if from, err = bindLoopback(c); err == nil {
 			f.src = netip.AddrPortFrom(f.src.Addr(), from.Port())
-			s.fabric.announce(from, f)
+			err = l.announce(from, f)
 		}
 		return err
 	}}
 	d.SetMultipathTCP(false)
-	c, err := d.DialContext(ctx, "tcp4", at.String())
+	c, err := d.DialContext(ctx, "tcp4", l.at.String())
 	if err != nil {
-		s.fabric.forget(from)
+		l.forget(from, f)
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
@@ -208,14 +205,14 @@ func (s side) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (net
 	}
 	tcp, err := netns.WrapTCP(c.(*net.TCPConn))
 	if err != nil {
-		s.fabric.forget(from)
+		l.forget(from, f)
 		return nil, errors.Join(err, c.Close())
 	}
 	return &conn{Conn: tcp, local: f.src, remote: dst, orig: f.src}, nil
 }
 
 // route decides where a connection to dst really goes.
-func (s side) route(src netip.Addr, dst netip.AddrPort) (at netip.AddrPort, f flow, err error) {
+func (s side) route(src netip.Addr, dst netip.AddrPort) (*listener, *flow, error) {
 	s.fabric.mu.Lock()
 	defer s.fabric.mu.Unlock()
 	self := dst.Addr().IsLoopback() || dst.Addr() == s.addr
@@ -225,7 +222,7 @@ func (s side) route(src netip.Addr, dst netip.AddrPort) (at netip.AddrPort, f fl
 			src = dst.Addr()
 		}
 	}
-	f = flow{src: netip.AddrPortFrom(src, 0), local: dst, orig: dst}
+	f := &flow{src: netip.AddrPortFrom(src, 0), local: dst, orig: dst}
 	to := s.Host
 	switch {
 	case self:
@@ -233,43 +230,58 @@ func (s side) route(src netip.Addr, dst netip.AddrPort) (at netip.AddrPort, f fl
 		f.local = netip.AddrPortFrom(realIP, outboundPort) // as REDIRECT does
 	default:
 		if to = s.fabric.hosts[dst.Addr()]; to == nil {
-			return at, f, os.NewSyscallError("connect", syscall.EHOSTUNREACH)
+			return nil, nil, os.NewSyscallError("connect", syscall.EHOSTUNREACH)
 		}
 		if to.captured && dst.Port() != hbonePort {
 			f.local = netip.AddrPortFrom(dst.Addr(), plaintextPort)
 		}
 	}
-	at, ok := lookup(to.listeners, f.local)
+	l, ok := lookup(to.listeners, f.local)
 	if !ok {
-		return at, f, os.NewSyscallError("connect", syscall.ECONNREFUSED)
+		return nil, nil, os.NewSyscallError("connect", syscall.ECONNREFUSED)
 	}
-	return at, f, nil
-}
-
-func (f *Fabric) announce(from netip.AddrPort, fl flow) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.dials[from] = fl
-}
-
-func (f *Fabric) forget(from netip.AddrPort) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.dials, from)
-}
-
-func (f *Fabric) take(from netip.AddrPort) (flow, bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	fl, ok := f.dials[from]
-	delete(f.dials, from)
-	return fl, ok
+	return l, f, nil
 }
 
 type listener struct {
 	host *Host
 	ln   *net.TCPListener
 	addr netip.AddrPort
+	at   netip.AddrPort // where it really listens
+
+	// dials are the connections that wait to be accepted, by the real address of
+	// the client; nil once the listener is closed. One whose client has closed it
+	// stays: what was sent before that is still to be read.
+	dials map[netip.AddrPort]*flow
+}
+
+// announce tells the acceptor of a connection that is about to be made.
+func (l *listener) announce(from netip.AddrPort, f *flow) error {
+	l.host.fabric.mu.Lock()
+	defer l.host.fabric.mu.Unlock()
+	if l.dials == nil {
+		return os.NewSyscallError("connect", syscall.ECONNREFUSED)
+	}
+	l.dials[from] = f
+	return nil
+}
+
+// forget takes back an announcement. Another dial may have the address by now.
+func (l *listener) forget(from netip.AddrPort, f *flow) {
+	l.host.fabric.mu.Lock()
+	defer l.host.fabric.mu.Unlock()
+	if l.dials[from] == f {
+		delete(l.dials, from)
+	}
+}
+
+// take returns what was announced of a connection, nil if nothing.
+func (l *listener) take(from netip.AddrPort) *flow {
+	l.host.fabric.mu.Lock()
+	defer l.host.fabric.mu.Unlock()
+	f := l.dials[from]
+	delete(l.dials, from)
+	return f
 }
 
 var _ netns.Listener = (*listener)(nil)
@@ -282,8 +294,8 @@ func (l *listener) Accept() (netns.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		f, ok := l.host.fabric.take(c.RemoteAddr().(*net.TCPAddr).AddrPort())
-		if !ok {
+		f := l.take(c.RemoteAddr().(*net.TCPAddr).AddrPort())
+		if f == nil {
 			_ = c.Close()
 			continue
 		}
@@ -295,13 +307,21 @@ func (l *listener) Accept() (netns.Conn, error) {
 	}
 }
 
-// Close implements netns.Listener.
+// Close implements netns.Listener. Connections that nobody has accepted are
+// reset, and what is known of them is dropped: another program of the machine may
+// get their ports.
 func (l *listener) Close() error {
-	err := l.ln.Close()
-	if err == nil {
-		l.host.unregister(l.host.listeners, l.addr)
+	l.retire()
+	return l.ln.Close()
+}
+
+func (l *listener) retire() {
+	l.host.fabric.mu.Lock()
+	defer l.host.fabric.mu.Unlock()
+	if l.dials != nil {
+		l.dials = nil
+		delete(l.host.listeners, unmapped(l.addr))
 	}
-	return err
 }
 
 func (l *listener) Addr() netip.AddrPort { return l.addr }

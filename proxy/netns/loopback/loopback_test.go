@@ -92,8 +92,10 @@ func TestRedirection(t *testing.T) {
 			}
 		})
 	}
-	if n := len(f.dials); n != 0 {
-		t.Errorf("%d connections not forgotten", n)
+	for _, ln := range lns {
+		if n := len(ln.(*listener).dials); n != 0 {
+			t.Errorf("%v: %d connections not forgotten", ln.Addr(), n)
+		}
 	}
 }
 
@@ -131,7 +133,7 @@ func TestStrangersAreClosed(t *testing.T) {
 	f := New()
 	b := f.Host(ipB)
 	ln := listen(t, b.Proxy(), "[::]:80")
-	stranger, err := net.Dial("tcp4", b.listeners[netip.MustParseAddrPort("[::]:80")].String())
+	stranger, err := net.Dial("tcp4", b.listeners[netip.MustParseAddrPort("[::]:80")].at.String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,6 +154,72 @@ func TestStrangersAreClosed(t *testing.T) {
 	_ = stranger.SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := stranger.Read(make([]byte, 1)); err != io.EOF {
 		t.Errorf("got %v, want %v", err, io.EOF)
+	}
+}
+
+// What is known of a connection that nobody accepts goes with its listener.
+func TestUnacceptedIsDropped(t *testing.T) {
+	f := New()
+	a, b := f.Host(ipA), f.Host(ipB)
+	ln := listen(t, b.App(), "0.0.0.0:80").(*listener)
+	client, err := a.App().Dial(t.Context(), netip.Addr{}, b80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	from := netip.AddrPortFrom(realIP, client.Local().Port())
+	waiting := ln.dials
+	if waiting[from] == nil {
+		t.Fatalf("the listener does not expect %v: %v", from, waiting)
+	}
+	late := &flow{}
+	ln.forget(from, late)
+	if waiting[from] == nil {
+		t.Error("another dial has taken back the announcement")
+	}
+	if err := ln.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := ln.announce(from, late); !errors.Is(err, syscall.ECONNREFUSED) || len(ln.dials) != 0 {
+		t.Errorf("a dial that is late: %v, %d expected", err, len(ln.dials))
+	}
+	if got := ln.take(from); got != nil {
+		t.Errorf("after Close a connection from %v is taken for %v", from, got.src)
+	}
+	// Another listener knows nothing of it, and is not harmed by a second Close.
+	again := listen(t, b.App(), "0.0.0.0:80").(*listener)
+	if got := again.take(from); got != nil {
+		t.Errorf("the next listener takes %v for %v", from, got.src)
+	}
+	if err := ln.Close(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("second Close: %v", err)
+	}
+	if b.listeners[netip.MustParseAddrPort("0.0.0.0:80")] != again {
+		t.Error("the second Close has removed the next listener")
+	}
+}
+
+// What a client sent before it closed is there for who accepts later.
+func TestClosedBeforeAccept(t *testing.T) {
+	f := New()
+	ln := listen(t, f.Host(ipB).App(), "0.0.0.0:80")
+	client, err := f.Host(ipA).App().Dial(t.Context(), netip.Addr{}, b80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Write([]byte("last words")); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	server, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	if got, err := io.ReadAll(server); string(got) != "last words" || err != nil {
+		t.Errorf("got %q, %v", got, err)
 	}
 }
 

@@ -24,7 +24,7 @@ func (s side) ListenPacket(ctx context.Context, addr netip.AddrPort) (net.Packet
 	if addr.Port() == 0 {
 		addr = netip.AddrPortFrom(addr.Addr(), at.Port())
 	}
-	if !s.register(s.udp, addr, at) {
+	if !register(s.fabric, s.udp, addr, at) {
 		_ = pc.Close()
 		return nil, fail(os.NewSyscallError("bind", syscall.EADDRINUSE))
 	}
@@ -54,7 +54,7 @@ func (p *packetConn) WriteTo(b []byte, addr net.Addr) (int, error) {
 	if !ok {
 		return 0, &net.OpError{Op: "write", Net: "udp", Err: &net.AddrError{Err: "not a UDP address", Addr: addr.String()}}
 	}
-	at, ok := p.host.packetTo(netip.AddrPortFrom(ua.AddrPort().Addr().Unmap(), ua.AddrPort().Port()))
+	at, ok := p.host.packetTo(unmapped(ua.AddrPort()))
 	if !ok {
 		return len(b), nil
 	}
@@ -82,7 +82,7 @@ func (p *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 			return n, nil, err
 		}
 		p.host.fabric.mu.Lock()
-		seen, ok := p.host.fabric.packets[netip.AddrPortFrom(from.Addr().Unmap(), from.Port())]
+		seen, ok := p.host.fabric.packets[unmapped(from)]
 		p.host.fabric.mu.Unlock()
 		if ok {
 			return n, net.UDPAddrFromAddrPort(seen), nil
@@ -94,9 +94,9 @@ func (p *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 func (p *packetConn) Close() error {
 	err := p.UDPConn.Close()
 	if err == nil {
-		p.host.unregister(p.host.udp, p.addr)
 		p.host.fabric.mu.Lock()
 		defer p.host.fabric.mu.Unlock()
+		delete(p.host.udp, unmapped(p.addr))
 		delete(p.host.fabric.packets, p.at)
 	}
 	return err
