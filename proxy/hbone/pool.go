@@ -246,7 +246,7 @@ func (p *Pool[K]) await(ctx context.Context, d *dialCall[K]) (*tunnel[K], error)
 	return d.t, nil
 }
 
-// dial makes one tunnel and lives as long as it.
+// dial makes one tunnel for those who wait for d.
 func (p *Pool[K]) dial(ctx context.Context, key K, d *dialCall[K]) {
 	t := &tunnel[K]{p: p, key: key}
 	err := p.establish(ctx, t)
@@ -298,7 +298,11 @@ func (p *Pool[K]) dial(ctx context.Context, key K, d *dialCall[K]) {
 			t.end(r)
 		}
 	}
+	p.wg.Go(func() { p.attend(t) }) // on a stack that no handshake has grown
+}
 
+// attend lives as long as t.
+func (p *Pool[K]) attend(t *tunnel[K]) {
 	<-t.c.ended
 	t.c.finish()
 	p.mu.Lock()

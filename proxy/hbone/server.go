@@ -31,7 +31,15 @@ type Request struct {
 	ctx    context.Context // the handler's
 	cancel context.CancelCauseFunc
 	state  atomic.Int32
+	rest   func(context.Context) // of Continue
 }
+
+// Continue makes the rest of a handler's work run after the handler has
+// returned, in a goroutine of its own that counts as the handler, with the
+// handler's context. What lasts, such as Pipe, waits there on a small stack
+// instead of the one that deciding and connecting has grown. Only the handler may
+// call it, once.
+func (r *Request) Continue(rest func(context.Context)) { r.rest = rest }
 
 // The states of a request's handler.
 const (
@@ -167,7 +175,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h
 	begin := time.Now()
 	defer func() { _ = nc.Close() }()
 	if source != nil {
-		if err := s.handshake(ctx, c, source); err != nil {
+		if err := c.onOwnStack(func() error { return s.handshake(ctx, c, source) }); err != nil {
 			c.hangUp()
 			return err
 		}
@@ -228,6 +236,24 @@ func (s *Server) result(ctx context.Context, c *conn, late bool) error {
 	return err
 }
 
+// onOwnStack runs f in a goroutine of its own and waits for it. A handshake grows
+// a stack to many times what the rest of a tunnel's life needs, and a goroutine
+// keeps what it has grown.
+func (c *conn) onOwnStack(f func() error) (err error) {
+	var g sync.WaitGroup
+	g.Go(func() {
+		defer func() {
+			if v := recover(); v != nil {
+				c.panicked("handshake", v)
+				err = &HandshakeError{Err: fmt.Errorf("panic: %v", v)}
+			}
+		}()
+		err = f()
+	})
+	g.Wait()
+	return err
+}
+
 func (s *Server) handshake(ctx context.Context, c *conn, source TLSSource) error {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
 	defer cancel()
@@ -241,7 +267,8 @@ func (s *Server) handshake(ctx context.Context, c *conn, source TLSSource) error
 		return &HandshakeError{Err: err}
 	}
 	c.setTLS(own)
-	if p := c.info.TLS.NegotiatedProtocol; p != "h2" {
+	// A client may leave ALPN out; it shows by its preface what it speaks.
+	if p := c.info.TLS.NegotiatedProtocol; p != "h2" && p != "" {
 		return &PrefaceError{Err: fmt.Errorf("client offered ALPN %q, not h2", p)}
 	}
 	return nil
@@ -274,19 +301,35 @@ func (s *Server) accept(c *conn, req *Request, h Handler, handlers *sync.WaitGro
 		return
 	}
 	handlers.Go(func() {
-		defer req.cancel(nil)
-		defer func() {
-			if req.state.Swap(reqIdle) == reqOrphaned {
-				c.orphans.Add(-1)
-			}
-		}()
-		defer func() {
-			if v := recover(); v != nil {
-				c.panicked("handler", v)
-				req.st.Reset(ErrInternal)
-			}
-			req.once.Do(func() { req.st.reset(ErrInternal, errHandlerQuit); c.kick() })
-		}()
-		h(req.ctx, req)
+		c.runHandler(req, h)
+		if req.rest == nil {
+			c.handled(req)
+			return
+		}
+		handlers.Go(func() {
+			c.runHandler(req, func(ctx context.Context, r *Request) { r.rest(ctx) })
+			c.handled(req)
+		})
 	})
+}
+
+// runHandler runs a handler, or the rest of one. A panic ends the request.
+func (c *conn) runHandler(req *Request, h Handler) {
+	defer func() {
+		if v := recover(); v != nil {
+			c.panicked("handler", v)
+			req.rest = nil
+			req.st.Reset(ErrInternal)
+		}
+	}()
+	h(req.ctx, req)
+}
+
+// handled ends a request whose handler is through.
+func (c *conn) handled(req *Request) {
+	req.once.Do(func() { req.st.reset(ErrInternal, errHandlerQuit); c.kick() })
+	if req.state.Swap(reqIdle) == reqOrphaned {
+		c.orphans.Add(-1)
+	}
+	req.cancel(nil)
 }
