@@ -19,24 +19,35 @@ import (
 type connection struct {
 	reporter            string
 	src, dst            netip.AddrPort
-	hboneAuthority      string // of the CONNECT request, "" for plain TCP
-	source, destination party
-	service             *state.ServiceRef
-	mutualTLS           bool
+	hboneAuthority      string          // of the CONNECT request, "" for plain TCP
+	source, destination *state.Workload // nil if unknown
+	told                *baggage        // what an unknown source says of itself, nil if nothing
+
+	sourcePrincipal, destinationPrincipal string // for the labels
+	service                               *state.ServiceRef
+	mutualTLS, ended                      bool
 
 	m       *Metrics
 	log     *slog.Logger
 	start   time.Time
-	values  []string // label values, with flagNone
 	traffic *metric.Row
-	ended   bool
 }
+
+// sourceParty and destinationParty describe the ends. They are made when they are
+// needed: an idle connection keeps none.
+func (c *connection) sourceParty() party {
+	if c.source == nil && c.told != nil {
+		return partyFrom(*c.told)
+	}
+	return partyOf(c.source)
+}
+
+func (c *connection) destinationParty() party { return partyOf(c.destination) }
 
 // open records the beginning. The byte counters exist from here on, at zero.
 func (c *connection) open(ctx context.Context, m *Metrics, log *slog.Logger, start time.Time) {
 	c.m, c.log, c.start = m, log, start
-	c.values = c.labels()
-	c.traffic = m.traffic.With(c.values)
+	c.traffic = m.traffic.With(c.labels(flagNone))
 	c.traffic.Series(famOpened).Inc()
 	c.receivedBytes()
 	c.sentBytes()
@@ -56,8 +67,7 @@ func (c *connection) end(ctx context.Context, o outcome) {
 	if flag == flagNone {
 		c.traffic.Series(famClosed).Inc()
 	} else {
-		c.values[flagLabel] = flag
-		failed := c.m.traffic.With(c.values)
+		failed := c.m.traffic.With(c.labels(flag))
 		failed.Series(famClosed).Inc()
 		failed.Series(famFailed).Inc()
 		failed.Release()
@@ -111,12 +121,12 @@ func (c *connection) attrs() []slog.Attr {
 			attrs = append(attrs, slog.String(key, value))
 		}
 	}
-	s, d := &c.source, &c.destination
+	s, d := c.sourceParty(), c.destinationParty()
 	attrs = append(attrs, slog.Any("src.addr", c.src))
 	add("src.workload", s.logName())
 	add("src.namespace", s.namespace)
 	if c.mutualTLS {
-		add("src.identity", s.principal)
+		add("src.identity", c.sourcePrincipal)
 	}
 	add("src.cluster", s.cluster)
 	attrs = append(attrs, slog.Any("dst.addr", c.dst))
@@ -129,7 +139,7 @@ func (c *connection) attrs() []slog.Attr {
 	add("dst.workload", d.logName())
 	add("dst.namespace", d.namespace)
 	if c.mutualTLS {
-		add("dst.identity", d.principal)
+		add("dst.identity", c.destinationPrincipal)
 	}
 	add("dst.cluster", d.cluster)
 	return append(attrs, slog.String("direction", direction(c.reporter)))

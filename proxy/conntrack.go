@@ -31,13 +31,16 @@ type inboundKey struct {
 // tracked is one entry. Connections with the same key share it and its verdict.
 type tracked struct {
 	conn  state.Conn
-	users map[*inboundUser]struct{}
+	users []*inboundUser // nearly always one
+	gone  chan struct{}  // made when somebody waits, closed with the last user
 }
 
 // inboundUser is one connection's hold on its entry.
 type inboundUser struct {
-	end  context.CancelCauseFunc
-	done chan struct{} // closed by release
+	t     *conntrack
+	entry *tracked // nil when released; guarded by conntrack.mu
+	key   inboundKey
+	end   context.CancelCauseFunc
 }
 
 func newConntrack() *conntrack {
@@ -48,29 +51,36 @@ func newConntrack() *conntrack {
 // are asked, so that a change between the two is not lost. The returned context
 // ends with ErrPolicyChanged when a later policy denies the connection; release
 // must be called, and may be called twice.
-func (t *conntrack) trackInbound(ctx context.Context, conn state.Conn, host string) (context.Context, func()) {
+func (t *conntrack) trackInbound(ctx context.Context, conn state.Conn, host string) (_ context.Context, release func()) {
 	ctx, end := context.WithCancelCause(ctx)
-	key := inboundKey{conn.Src, conn.Dst, conn.Identity, host}
-	user := &inboundUser{end: end, done: make(chan struct{})}
+	user := &inboundUser{t: t, key: inboundKey{conn.Src, conn.Dst, conn.Identity, host}, end: end}
 	t.mu.Lock()
-	entry := t.inbound[key]
-	if entry == nil {
-		entry = &tracked{conn: conn, users: map[*inboundUser]struct{}{}}
-		t.inbound[key] = entry
+	defer t.mu.Unlock()
+	user.entry = t.inbound[user.key]
+	if user.entry == nil {
+		user.entry = &tracked{conn: conn}
+		t.inbound[user.key] = user.entry
 	}
-	entry.users[user] = struct{}{}
-	t.mu.Unlock()
+	user.entry.users = append(user.entry.users, user)
+	return ctx, user.release
+}
 
-	return ctx, sync.OnceFunc(func() {
-		t.mu.Lock()
-		delete(entry.users, user)
-		if len(entry.users) == 0 && t.inbound[key] == entry {
-			delete(t.inbound, key)
+func (u *inboundUser) release() {
+	u.t.mu.Lock()
+	defer u.t.mu.Unlock()
+	entry := u.entry
+	if entry == nil {
+		return
+	}
+	u.entry = nil
+	entry.users = slices.DeleteFunc(entry.users, func(other *inboundUser) bool { return other == u })
+	if len(entry.users) == 0 {
+		delete(u.t.inbound, u.key)
+		if entry.gone != nil {
+			close(entry.gone)
 		}
-		t.mu.Unlock()
-		end(nil)
-		close(user.done)
-	})
+	}
+	u.end(nil)
 }
 
 // trackOutbound registers a connection for the dump.
@@ -91,34 +101,35 @@ func (t *conntrack) trackOutbound(c OutboundConnection) (release func()) {
 // which it is true, with ErrPolicyChanged. It returns the ended ones, and a
 // function that waits until their users have let go.
 func (t *conntrack) recheck(denied func(state.Conn) bool) (ended []state.Conn, wait func(context.Context)) {
-	type candidate struct {
-		conn  state.Conn
-		entry *tracked
-	}
 	t.mu.Lock()
-	all := make([]candidate, 0, len(t.inbound))
+	all := make([]*tracked, 0, len(t.inbound))
 	for _, entry := range t.inbound {
-		all = append(all, candidate{entry.conn, entry})
+		all = append(all, entry)
 	}
 	t.mu.Unlock()
 
-	var users []*inboundUser
-	for _, c := range all {
-		if !denied(c.conn) { // not under the lock: it evaluates policies
+	var gone []<-chan struct{}
+	for _, entry := range all {
+		if !denied(entry.conn) { // not under the lock: it evaluates policies
 			continue
 		}
-		ended = append(ended, c.conn)
+		ended = append(ended, entry.conn)
 		t.mu.Lock()
-		for user := range c.entry.users {
+		for _, user := range entry.users {
 			user.end(ErrPolicyChanged)
-			users = append(users, user)
+		}
+		if len(entry.users) > 0 {
+			if entry.gone == nil {
+				entry.gone = make(chan struct{})
+			}
+			gone = append(gone, entry.gone)
 		}
 		t.mu.Unlock()
 	}
 	return ended, func(ctx context.Context) {
-		for _, user := range users {
+		for _, c := range gone {
 			select {
-			case <-user.done:
+			case <-c:
 			case <-ctx.Done():
 				return
 			}

@@ -28,7 +28,7 @@ type inboundTunnel struct {
 }
 
 // serveInbound runs one HBONE connection (spec/datapath.md §6.1).
-func (p *Proxy) serveInbound(ctx context.Context, conn netns.Conn) {
+func (p *Proxy) serveInbound(ctx context.Context, conn netns.Conn) (lasting func()) {
 	defer p.cfg.Metrics.socket(reporterDestination)()
 	t := &inboundTunnel{p: p, src: conn.Remote(), dst: conn.Local(), peer: peerOnce()}
 
@@ -51,6 +51,7 @@ func (p *Proxy) serveInbound(ctx context.Context, conn netns.Conn) {
 	case err != nil:
 		p.log.DebugContext(ctx, "tunnel ended", "src.addr", t.src, "error", err.Error())
 	}
+	return nil
 }
 
 // peerOnce caches the peer's identity: it is a fact of the tunnel.
@@ -80,6 +81,7 @@ type inboundRequest struct {
 	authority string
 	route     state.InboundRoute
 	host      string // of the forwarded header
+	rbac      state.Conn
 }
 
 // serve runs one CONNECT request through the checks of spec/datapath.md §6.2, in
@@ -99,8 +101,26 @@ func (t *inboundTunnel) serve(ctx context.Context, r *hbone.Request) {
 	}
 	c := t.connection(r, in)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
-	defer c.abandon(ctx)
-	c.end(ctx, t.carry(ctx, r, in, c))
+	tracked, release := p.tracker.trackInbound(ctx, in.rbac, in.host)
+	connected := false
+	defer func() {
+		if !connected {
+			c.abandon(ctx)
+			release()
+		}
+	}()
+	stream, conn, err := t.connect(tracked, r, in)
+	if err != nil {
+		c.end(ctx, dialFailed(tracked, err))
+		return
+	}
+	connected = true
+	r.Continue(func(ctx context.Context) {
+		defer release()
+		defer c.abandon(ctx)
+		m := &hbone.Meter{FromSocket: c.sentBytes(), ToSocket: c.receivedBytes()}
+		c.end(ctx, outcomeOf(stream.Pipe(tracked, conn, m), false))
+	})
 }
 
 // check makes checks 1 to 5: nothing is counted before they have passed.
@@ -134,22 +154,19 @@ func (t *inboundTunnel) check(ctx context.Context, r *hbone.Request) (inboundReq
 	case p.illegalPort(route.Upstream.Port()):
 		return inboundRequest{}, &refusal{http.StatusServiceUnavailable, rejectSelfCall, errSelfCall}
 	}
-	return inboundRequest{identity, local, r.Authority, route, host}, nil
+	rbac := state.Conn{
+		Src: t.src, Dst: netip.AddrPortFrom(t.dst.Addr(), route.Upstream.Port()),
+		Identity: identity, Destination: local,
+	}
+	return inboundRequest{identity, local, r.Authority, route, host, rbac}, nil
 }
 
-// carry makes checks 6 and 7, answers, and copies. It has answered the request
-// when it returns.
-func (t *inboundTunnel) carry(ctx context.Context, r *hbone.Request, in inboundRequest, c *connection) outcome {
+// connect makes checks 6 and 7 and answers. Its errors are those of dialFailed.
+func (t *inboundTunnel) connect(ctx context.Context, r *hbone.Request, in inboundRequest) (hbone.Stream, netns.Conn, error) {
 	p := t.p
-	rbac := state.Conn{
-		Src: t.src, Dst: netip.AddrPortFrom(t.dst.Addr(), in.route.Upstream.Port()),
-		Identity: in.identity, Destination: in.local,
-	}
-	ctx, release := p.tracker.trackInbound(ctx, rbac, in.host)
-	defer release()
-	if denied := p.authorize(ctx, rbac, func() *slog.Logger { return t.span(r) }); denied != nil {
+	if denied := p.authorize(ctx, in.rbac, func() *slog.Logger { return t.span(r) }); denied != nil {
 		_ = r.Reject(http.StatusUnauthorized, "")
-		return outcome{err: denied}
+		return nil, nil, denied
 	}
 	src := netip.Addr{}
 	if p.inbound.Transparent() {
@@ -158,7 +175,7 @@ func (t *inboundTunnel) carry(ctx context.Context, r *hbone.Request, in inboundR
 	conn, err := p.cfg.Network.Dial(ctx, src, in.route.Upstream)
 	if err != nil {
 		_ = r.Reject(http.StatusServiceUnavailable, "")
-		return dialFailed(ctx, err)
+		return nil, nil, err
 	}
 	var fields []hbone.Field
 	if p.cfg.ResponseBaggage {
@@ -167,18 +184,22 @@ func (t *inboundTunnel) carry(ctx context.Context, r *hbone.Request, in inboundR
 	stream, err := r.Accept(fields...)
 	if err != nil {
 		_ = conn.Abort() // the client has given up; the application must not take it for a clean end
-		return outcome{err: directionError{"receive", err}}
+		return nil, nil, directionError{"receive", err}
 	}
-	result := stream.Pipe(ctx, conn, &hbone.Meter{FromSocket: c.sentBytes(), ToSocket: c.receivedBytes()})
-	return outcomeOf(result, false)
+	return stream, conn, nil
 }
 
-// dialFailed is the end of a request whose upstream connection did not come
-// about. That the client gave up meanwhile is its own act (design D6).
+// dialFailed is the end of a connection that was opened and did not get as far
+// as the copying. That the client gave up meanwhile is its own act (design D6).
 func dialFailed(ctx context.Context, err error) outcome {
 	cause := context.Cause(ctx)
-	var reset *hbone.StreamError
+	var (
+		reset  *hbone.StreamError
+		denied *state.Denied
+	)
 	switch {
+	case errors.As(err, &denied):
+		return outcome{err: denied}
 	case errors.As(cause, &reset) && reset.Remote:
 		return outcome{reset: resetDownstream}
 	case cause != nil:
@@ -225,20 +246,17 @@ func (t *inboundTunnel) connection(r *hbone.Request, in inboundRequest) *connect
 	p := t.p
 	c := &connection{
 		reporter: reporterDestination, src: t.src, dst: t.dst, hboneAuthority: in.authority,
-		destination: partyOf(in.local), service: in.route.Service, mutualTLS: true,
-	}
-	if p.cfg.ResponseBaggage {
-		if told, ok := parseBaggage(r.Fields); ok {
-			c.source = partyFrom(told)
-		}
+		destination: in.local, service: in.route.Service, mutualTLS: true,
+		sourcePrincipal: in.identity.String(), destinationPrincipal: in.local.Identity.String(),
 	}
 	// What the store knows of the client's address outweighs what the client
 	// says of itself.
-	if w, ok := p.cfg.Store.Workload(p.cfg.NetworkID, t.src.Addr()); ok {
-		c.source = partyOf(w)
+	known := false
+	if c.source, known = p.cfg.Store.Workload(p.cfg.NetworkID, t.src.Addr()); !known && p.cfg.ResponseBaggage {
+		if told, ok := parseBaggage(r.Fields); ok {
+			c.told = &told
+		}
 	}
-	c.source.principal = in.identity.String()
-	c.destination.principal = in.local.Identity.String()
 	return c
 }
 

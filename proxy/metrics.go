@@ -46,9 +46,6 @@ var trafficLabels = []string{
 	"source_region", "source_zone", "destination_region", "destination_zone",
 }
 
-// flagLabel is the place of response_flags in trafficLabels.
-const flagLabel = 21
-
 // NewMetrics makes the families and registers them.
 func NewMetrics(r prometheus.Registerer, cfg MetricsConfig) *Metrics {
 	vec := func(name, help string, labels ...string) *prometheus.CounterVec {
@@ -90,7 +87,6 @@ type party struct {
 	workload, canonicalService, revision, namespace, app, cluster string
 	region, zone                                                  string
 	name                                                          string // of the pod, for the access log
-	principal                                                     string // spiffe://…, for the labels
 }
 
 // partyOf describes one of the store's workloads.
@@ -114,9 +110,9 @@ func partyFrom(b baggage) party {
 	}
 }
 
-// labels are the values of trafficLabels, with no flag. Empty ones become unknown.
-func (c *connection) labels() []string {
-	s, d := &c.source, &c.destination
+// labels are the values of trafficLabels. Empty ones become unknown.
+func (c *connection) labels(flag string) []string {
+	s, d := c.sourceParty(), c.destinationParty()
 	service := c.service
 	if service == nil {
 		service = &state.ServiceRef{}
@@ -125,20 +121,14 @@ func (c *connection) labels() []string {
 	if c.mutualTLS {
 		policy = policyMutualTLS
 	}
-	values := []string{
+	return []string{
 		c.reporter,
-		s.workload, s.canonicalService, s.revision, s.namespace, s.principal, s.app, s.revision, s.cluster,
+		s.workload, s.canonicalService, s.revision, s.namespace, c.sourcePrincipal, s.app, s.revision, s.cluster,
 		service.Hostname, service.Namespace, service.Name,
-		d.workload, d.canonicalService, d.revision, d.namespace, d.principal, d.app, d.revision, d.cluster,
-		"tcp", flagNone, policy,
+		d.workload, d.canonicalService, d.revision, d.namespace, c.destinationPrincipal, d.app, d.revision, d.cluster,
+		"tcp", flag, policy,
 		s.region, s.zone, d.region, d.zone,
 	}
-	for i, v := range values {
-		if v == "" {
-			values[i] = unknown
-		}
-	}
-	return values
 }
 
 // socket counts one accepted socket as open until the returned function is called.

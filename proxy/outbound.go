@@ -45,57 +45,74 @@ type upstream struct {
 }
 
 // serveOutbound carries one captured connection (spec/datapath.md §4).
-func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) {
+func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (lasting func()) {
 	start := time.Now()
-	defer p.cfg.Metrics.socket(reporterSource)()
-	src := conn.Remote()
-	dst, err := conn.OriginalDst()
+	closed := p.cfg.Metrics.socket(reporterSource)
+	defer func() {
+		if lasting == nil {
+			closed()
+		}
+	}()
+	src, dst := conn.Remote(), p.originalDst(ctx, conn)
+	local, route, why, err := p.routeOutbound(ctx, conn, dst)
 	if err != nil {
-		p.log.DebugContext(ctx, "no original destination", "src.addr", src, "error", err.Error())
-		dst = conn.Local()
-	}
-	deny := func(why string, err error) {
 		p.earlyDeny(ctx, reporterSource, why, src, dst, err)
 		conn.Close()
-	}
-	// A connection that nothing redirected was dialled to our listener itself.
-	if p.illegalPort(dst.Port()) && (dst.Addr().IsLoopback() || dst == conn.Local()) {
-		deny(rejectSelfCall, errSelfCall)
-		return
-	}
-	local, err := p.localWorkload(ctx)
-	if err != nil {
-		deny(rejectUnknownWorkload, err)
-		return
-	}
-	if p.illegalPort(dst.Port()) && slices.Contains(local.IPs, dst.Addr()) {
-		deny(rejectSelfCall, errSelfCall)
-		return
+		return nil
 	}
 	query := state.Query{Source: local, SourceIP: src.Addr(), Dst: dst}
-	route, err := p.cfg.Store.Route(query)
-	if err != nil {
-		deny(rejectRoute, err)
-		return
-	}
 	connecting, connected := watchReset(ctx, conn)
 	route, up, untrack, err := p.connectRetried(connecting, src, query, route)
 	connected()
-	defer untrack()
 	c := outboundConnection(src, local, route)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
-	defer c.abandon(ctx)
 	if err != nil {
+		untrack()
 		conn.Close()
 		c.end(ctx, connectFailed(err))
-		return
+		return nil
 	}
-	if up.stream != nil {
-		r := up.stream.Pipe(ctx, conn, &hbone.Meter{FromSocket: c.receivedBytes(), ToSocket: c.sentBytes()})
-		c.end(ctx, outcomeOf(r, true))
-		return
+	return func() {
+		defer closed()
+		defer untrack()
+		defer c.abandon(ctx)
+		c.end(ctx, c.copyOutbound(ctx, conn, up))
 	}
-	c.end(ctx, pipeTCP(ctx, conn, up.conn, c.receivedBytes(), c.sentBytes()))
+}
+
+// copyOutbound carries the bytes. It owns both sides.
+func (c *connection) copyOutbound(ctx context.Context, conn netns.Conn, up upstream) outcome {
+	if up.stream == nil {
+		return pipeTCP(ctx, conn, up.conn, c.receivedBytes(), c.sentBytes())
+	}
+	return outcomeOf(up.stream.Pipe(ctx, conn, &hbone.Meter{FromSocket: c.receivedBytes(), ToSocket: c.sentBytes()}), true)
+}
+
+// originalDst is where the client wanted to go.
+func (p *Proxy) originalDst(ctx context.Context, conn netns.Conn) netip.AddrPort {
+	dst, err := conn.OriginalDst()
+	if err != nil {
+		p.log.DebugContext(ctx, "no original destination", "src.addr", conn.Remote(), "error", err.Error())
+		return conn.Local()
+	}
+	return dst
+}
+
+// routeOutbound decides. With an error comes the reason for the counter.
+func (p *Proxy) routeOutbound(ctx context.Context, conn netns.Conn, dst netip.AddrPort) (_ *state.Workload, _ state.Route, why string, _ error) {
+	// A connection that nothing redirected was dialled to our listener itself.
+	if p.illegalPort(dst.Port()) && (dst.Addr().IsLoopback() || dst == conn.Local()) {
+		return nil, state.Route{}, rejectSelfCall, errSelfCall
+	}
+	local, err := p.localWorkload(ctx)
+	if err != nil {
+		return nil, state.Route{}, rejectUnknownWorkload, err
+	}
+	if p.illegalPort(dst.Port()) && slices.Contains(local.IPs, dst.Addr()) {
+		return nil, state.Route{}, rejectSelfCall, errSelfCall
+	}
+	route, err := p.cfg.Store.Route(state.Query{Source: local, SourceIP: conn.Remote().Addr(), Dst: dst})
+	return local, route, rejectRoute, err
 }
 
 // resetInterval is how often a connection that we are still connecting for is
@@ -285,14 +302,14 @@ func (p *Proxy) factsOf(local *state.Workload) *localFacts {
 func outboundConnection(src netip.AddrPort, local *state.Workload, route state.Route) *connection {
 	c := &connection{
 		reporter: reporterSource, src: src, dst: route.NextHop, hboneAuthority: route.Authority,
-		source: partyOf(local), destination: partyOf(route.Workload), service: route.Service,
+		source: local, destination: route.Workload, service: route.Service,
 		mutualTLS: route.Protocol != state.TCP,
 	}
 	if c.mutualTLS {
-		c.source.principal = local.Identity.String()
+		c.sourcePrincipal = local.Identity.String()
 	}
 	if route.Workload != nil {
-		c.destination.principal = route.Workload.Identity.String()
+		c.destinationPrincipal = route.Workload.Identity.String()
 	}
 	return c
 }

@@ -12,64 +12,71 @@ import (
 
 // servePassthrough carries one captured plaintext connection to the local
 // workload (spec/datapath.md §7): no identity, but the same policies.
-func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) {
+func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (lasting func()) {
 	start := time.Now()
-	defer p.cfg.Metrics.socket(reporterDestination)()
-	src := conn.Remote()
-	dst, err := conn.OriginalDst()
-	if err != nil {
-		p.log.DebugContext(ctx, "no original destination", "src.addr", src, "error", err.Error())
-		dst = conn.Local()
-	}
+	closed := p.cfg.Metrics.socket(reporterDestination)
+	defer func() {
+		if lasting == nil {
+			closed()
+		}
+	}()
+	src, dst := conn.Remote(), p.originalDst(ctx, conn)
 	deny := func(why string, err error) {
 		p.earlyDeny(ctx, reporterDestination, why, src, dst, err)
 		conn.Close()
 	}
 	if p.illegalPort(dst.Port()) {
 		deny(rejectSelfCall, errSelfCall)
-		return
+		return nil
 	}
 	local, err := p.localWorkload(ctx)
 	if err != nil {
 		deny(rejectUnknownWorkload, err)
-		return
+		return nil
 	}
 	c := p.passthroughConnection(src, dst, local)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
-	defer c.abandon(ctx)
-	c.end(ctx, p.carryPlain(ctx, conn, state.Conn{Src: src, Dst: dst, Destination: local}, c))
+	rbac := state.Conn{Src: src, Dst: dst, Destination: local}
+	tracked, release := p.tracker.trackInbound(ctx, rbac, "")
+	defer func() {
+		if lasting == nil {
+			c.abandon(ctx)
+			release()
+		}
+	}()
+	up, err := p.connectPlain(tracked, rbac)
+	if err != nil {
+		conn.Close()
+		c.end(ctx, dialFailed(tracked, err))
+		return nil
+	}
+	return func() {
+		defer closed()
+		defer release()
+		defer c.abandon(ctx)
+		c.end(ctx, pipeTCP(tracked, conn, up, c.receivedBytes(), c.sentBytes()))
+	}
 }
 
-// carryPlain checks the policies, connects and copies. It has closed conn when
-// it returns.
-func (p *Proxy) carryPlain(ctx context.Context, conn netns.Conn, rbac state.Conn, c *connection) outcome {
-	ctx, release := p.tracker.trackInbound(ctx, rbac, "")
-	defer release()
+// connectPlain checks the policies and connects to the application.
+func (p *Proxy) connectPlain(ctx context.Context, rbac state.Conn) (netns.Conn, error) {
 	if denied := p.authorize(ctx, rbac, func() *slog.Logger { return p.rbac }); denied != nil {
-		conn.Close()
-		return outcome{err: denied}
+		return nil, denied
 	}
 	src := netip.Addr{}
 	if p.passthrough.Transparent() {
 		src = rbac.Src.Addr()
 	}
-	up, err := p.cfg.Network.Dial(ctx, src, rbac.Dst)
-	if err != nil {
-		conn.Close()
-		return dialFailed(ctx, err)
-	}
-	return pipeTCP(ctx, conn, up, c.receivedBytes(), c.sentBytes())
+	return p.cfg.Network.Dial(ctx, src, rbac.Dst)
 }
 
 // passthroughConnection is the telemetry of a plaintext connection.
 func (p *Proxy) passthroughConnection(src, dst netip.AddrPort, local *state.Workload) *connection {
 	c := &connection{
 		reporter: reporterDestination, src: src, dst: dst,
-		destination: partyOf(local), service: p.cfg.Store.GuessService(local, dst.Port(), ""),
+		destination: local, service: p.cfg.Store.GuessService(local, dst.Port(), ""),
+		destinationPrincipal: local.Identity.String(),
 	}
-	if w, ok := p.cfg.Store.Workload(p.cfg.NetworkID, src.Addr()); ok {
-		c.source = partyOf(w)
-	}
-	c.destination.principal = local.Identity.String()
+	c.source, _ = p.cfg.Store.Workload(p.cfg.NetworkID, src.Addr())
 	return c
 }

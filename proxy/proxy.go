@@ -41,7 +41,8 @@ type Config struct {
 
 	HBONE           hbone.Config  // of tunnels, both roles
 	PoolMaxStreams  int           // per outbound tunnel
-	PoolIdle        time.Duration // an outbound tunnel without streams lives so long
+	PoolIdle        time.Duration // an outbound tunnel without streams lives so long; negative: not at all
+	PoolMaxAge      time.Duration // an outbound tunnel takes new streams so long; 0: while its certificates are valid
 	PoolConnsPerKey int           // outbound tunnels per key below the cap
 	MaxHandshakes   int           // concurrent inbound handshakes; 0: 64 per processor
 
@@ -116,6 +117,7 @@ func New(cfg Config) (*Proxy, error) {
 		MaxStreams:  cfg.PoolMaxStreams,
 		IdleTimeout: cfg.PoolIdle,
 		ConnsPerKey: cfg.PoolConnsPerKey,
+		MaxAge:      cfg.PoolMaxAge,
 	})
 	return p, nil
 }
@@ -205,9 +207,15 @@ func (p *Proxy) Drain() {
 	p.server.Drain()
 }
 
+// server serves one accepted connection. What it returns, if anything, is the
+// lasting part, the copying: it runs in a goroutine of its own, so that an idle
+// connection waits on a small stack and not on the one that deciding and
+// connecting has grown.
+type server func(context.Context, netns.Conn) (lasting func())
+
 // acceptLoop owns the connections that it accepts: it returns when the listener
 // is closed and all of them have ended.
-func (p *Proxy) acceptLoop(ctx context.Context, ln netns.Listener, name string, serve func(context.Context, netns.Conn)) {
+func (p *Proxy) acceptLoop(ctx context.Context, ln netns.Listener, name string, serve server) {
 	var conns sync.WaitGroup
 	defer conns.Wait()
 	defer context.AfterFunc(ctx, func() { ln.Close() })()
@@ -227,12 +235,18 @@ func (p *Proxy) acceptLoop(ctx context.Context, ln netns.Listener, name string, 
 			continue
 		}
 		retry.Reset()
-		conns.Go(func() { p.serveRecovered(ctx, conn, name, serve) })
+		conns.Go(func() {
+			var lasting func()
+			p.recovered(ctx, conn, name, func() { lasting = serve(ctx, conn) })
+			if lasting != nil {
+				conns.Go(func() { p.recovered(ctx, conn, name, lasting) })
+			}
+		})
 	}
 }
 
-// serveRecovered keeps a panic within its connection (design D21).
-func (p *Proxy) serveRecovered(ctx context.Context, conn netns.Conn, name string, serve func(context.Context, netns.Conn)) {
+// recovered keeps a panic within its connection (design D21).
+func (p *Proxy) recovered(ctx context.Context, conn netns.Conn, name string, serve func()) {
 	defer func() {
 		if r := recover(); r != nil {
 			p.cfg.Metrics.panics.Inc()
@@ -241,7 +255,7 @@ func (p *Proxy) serveRecovered(ctx context.Context, conn netns.Conn, name string
 			_ = conn.Abort()
 		}
 	}()
-	serve(ctx, conn)
+	serve()
 }
 
 // sleep waits, and is false when ctx ended first.
