@@ -7,8 +7,8 @@ import (
 )
 
 // Dump is the value of the "config" key of /config_dump: the keys and shapes of
-// spec §4.3. Tokens and the local state are left out; header values whose name
-// speaks of a secret are hidden. It marshals with sorted keys.
+// spec §4.3. Tokens and the local state are left out; headers and metadata whose
+// name speaks of a secret are hidden, as in Settings. It marshals with sorted keys.
 func (c *Config) Dump() map[string]any {
 	p, s, h := c.Proxy, c.Sockets, c.HBONE
 	return map[string]any{
@@ -47,7 +47,7 @@ func (c *Config) Dump() map[string]any {
 		"preferedServiceNamespace": orNull(c.State.PreferredServiceNamespace),
 		"proxy":                    p.Enabled,
 		"proxyArgs":                c.Args,
-		"proxyMetadata":            p.Metadata,
+		"proxyMetadata":            dumpMetadata(p.Metadata),
 		"proxyMode":                map[ProxyMode]string{ModeShared: "Shared", ModeDedicated: "Dedicated"}[p.Mode],
 		"proxyWorkloadInformation": dumpWorkload(p.Workload),
 		"readinessAddr":            dumpAddr(c.Listeners.Readiness),
@@ -104,6 +104,17 @@ func dumpHeaders(hs []HeaderField) [][2]string {
 			value = redacted
 		}
 		out = append(out, [2]string{h.Name, value})
+	}
+	return out
+}
+
+func dumpMetadata(metadata map[string]string) map[string]string {
+	out := make(map[string]string, len(metadata))
+	for name, text := range metadata {
+		if sensitive(name) && text != "" {
+			text = redacted
+		}
+		out[name] = text
 	}
 	return out
 }

@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -67,6 +69,20 @@ func TestID_AD02_ConfigDump(t *testing.T) {
 		if diff := cmp.Diff(want, d[key]); diff != "" {
 			t.Errorf("%s: %s", key, diff)
 		}
+	}
+}
+
+// TestDumpRedacts: what Settings hides, the dump does not tell.
+func TestDumpRedacts(t *testing.T) {
+	c := mustParse(t, with("ISTIO_META_API_TOKEN=sesame", `PROXY_CONFIG={"proxyMetadata":{"DB_PASSWORD":"sesame", "EMPTY_KEY": "", "PLAIN": "x"}}`,
+		"AUTH_TOKEN=sesame", "CA_HEADER_AUTHORIZATION=sesame"), nil)
+	want := map[string]any{"API_TOKEN": redacted, "DB_PASSWORD": redacted, "EMPTY_KEY": "", "PLAIN": "x"}
+	d := dumped(t, c)
+	if diff := cmp.Diff(want, d["proxyMetadata"]); diff != "" {
+		t.Error(diff)
+	}
+	if shown := fmt.Sprint(d, c.Settings()); strings.Contains(shown, "sesame") {
+		t.Errorf("a secret is shown: %s", shown)
 	}
 }
 

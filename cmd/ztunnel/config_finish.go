@@ -9,6 +9,10 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca"
 )
 
 // finish computes what several rows decide together, and checks rows against
@@ -30,6 +34,8 @@ func (l *loader) finish() {
 	l.finishAddresses()
 	l.finishProviders()
 	l.finishState()
+	l.finishPorts()
+	l.finishWorkload()
 
 	if c.Proxy.Mode == ModeShared && !l.isSet("PACKET_MARK") {
 		c.Sockets.Mark = 1337
@@ -105,14 +111,14 @@ func (l *loader) finishAddresses() {
 	if c.Sockets.IPv6 {
 		wildcard = netip.IPv6Unspecified()
 	}
-	any := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(wildcard, port) }
+	wildcardPort := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(wildcard, port) }
 	c.Listeners = ListenerConfig{
-		Inbound:          any(15008),
-		InboundPlaintext: any(15006),
-		Outbound:         any(15001),
+		Inbound:          wildcardPort(15008),
+		InboundPlaintext: wildcardPort(15006),
+		Outbound:         wildcardPort(15001),
 		Admin:            BindAddr{Localhost: true, IPv6: c.Sockets.LoopbackIPv6, Port: l.adminPort},
-		Stats:            BindAddr{Addr: any(l.statsPort)},
-		Readiness:        BindAddr{Addr: any(15021)},
+		Stats:            BindAddr{Addr: wildcardPort(l.statsPort)},
+		Readiness:        BindAddr{Addr: wildcardPort(15021)},
 		IllegalPorts:     []uint16{15001, 15006, 15008},
 	}
 	if c.Proxy.SOCKS5 {
@@ -120,6 +126,50 @@ func (l *loader) finishAddresses() {
 		c.Listeners.IllegalPorts = append(c.Listeners.IllegalPorts, 15080)
 	}
 	c.DNS.Addr.IPv6 = c.DNS.Addr.Localhost && c.Sockets.LoopbackIPv6
+}
+
+// finishPorts refuses two listeners on one port, which would fail when they bind.
+func (l *loader) finishPorts() {
+	users := map[uint16]string{
+		15001: "the outbound listener", 15006: "the inbound plaintext listener", 15008: "the HBONE listener", 15021: "readiness",
+	}
+	if socks := l.cfg.Listeners.SOCKS5; socks.IsValid() {
+		users[socks.Port()] = "SOCKS5"
+	}
+	// A port that somebody set is the wrong one, not the default of the other.
+	rows := []struct {
+		name string
+		port uint16
+	}{{"proxyAdminPort", l.adminPort}, {"statsPort", l.statsPort}}
+	if l.isSet("proxyAdminPort") && !l.isSet("statsPort") {
+		slices.Reverse(rows)
+	}
+	for _, r := range rows {
+		if r.port == 0 {
+			continue // any free one, or an error that is reported
+		}
+		if user, taken := users[r.port]; taken {
+			l.problem(l.values[r.name], false, fmt.Errorf("the port of %s: must be another one", user))
+			continue
+		}
+		users[r.port] = r.name
+	}
+}
+
+// finishWorkload checks that the workload has an identity.
+func (l *loader) finishWorkload() {
+	w := l.cfg.Proxy.Workload
+	if w == (WorkloadInfo{}) {
+		return // not set, or reported
+	}
+	td, err := parseTrustDomain(l.cfg.CA.DefaultTrustDomain)
+	if err != nil {
+		td = spiffeid.RequireTrustDomainFromString("cluster.local") // the other is reported
+	}
+	if _, err := ca.NewIdentity(td, w.Namespace, w.ServiceAccount); err != nil {
+		l.problem(l.values["PROXY_WORKLOAD_INFO"], false,
+			fmt.Errorf("%w; namespace and service account must be of letters, digits, dots, dashes and underscores, and not . or ..", err))
+	}
 }
 
 // finishProviders joins CA_PROVIDER with the switches that mean the same.

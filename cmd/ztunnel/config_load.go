@@ -85,7 +85,11 @@ func (l *loader) loadVariable(g group, v variable) {
 		return
 	}
 	if err := v.set(l, val); err != nil {
+		v.secret = v.secret || errors.Is(err, errUserinfo)
 		l.problem(val, v.secret, err)
+	}
+	if v.warn && val.set {
+		l.warn(v.name, "has no effect in this build (%s)", v.availability())
 	}
 	l.addSetting(g, v, val)
 }

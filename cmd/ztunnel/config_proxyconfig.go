@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -53,25 +55,43 @@ func (l *loader) loadProxyConfig() {
 		l.problems = append(l.problems, fmt.Errorf("error parsing proxy config: failed parsing proxy config env: %w", err))
 	}
 
-	const prefix = "ISTIO_META_"
-	for name, v := range l.proxy.metadata {
-		if short, ok := strings.CutPrefix(name, prefix); ok {
-			delete(l.proxy.metadata, name)
-			l.proxy.metadata[short] = v
-		}
-	}
-	for name, text := range l.env {
-		short := name
-		for strings.HasPrefix(short, prefix) {
-			short = short[len(prefix):]
-		}
-		if short != name && short != "" {
-			l.proxy.metadata[short] = sourced{text, "env " + name}
-		}
-	}
+	l.mergeMetadataEnv()
 	l.cfg.Proxy.Metadata = make(map[string]string, len(l.proxy.metadata))
 	for name, v := range l.proxy.metadata {
 		l.cfg.Proxy.Metadata[name] = v.text
+	}
+}
+
+// metadataName is the key of the metadata that a name stands for: with the
+// prefix or without, or with it several times.
+func metadataName(name string) string {
+	for {
+		short, ok := strings.CutPrefix(name, "ISTIO_META_")
+		if !ok {
+			return name
+		}
+		name = short
+	}
+}
+
+// mergeMetadataEnv takes the ISTIO_META_* variables.
+func (l *loader) mergeMetadataEnv() {
+	names := map[string]string{} // of the variable, by key
+	for _, name := range slices.Sorted(maps.Keys(l.env)) {
+		key := metadataName(name)
+		if key == name || key == "" {
+			continue
+		}
+		text := l.env[name]
+		if first, ok := names[key]; ok {
+			if l.env[first] != text {
+				l.problem(value{text: text, origin: "env " + name, name: name}, sensitive(key), fmt.Errorf("contradicts %s: both name the metadata %s, set one of them",
+					assignment(value{text: l.env[first], name: first}, sensitive(key)), key))
+			}
+			continue
+		}
+		names[key] = name
+		l.proxy.metadata[key] = sourced{text, "env " + name}
 	}
 }
 
@@ -123,18 +143,35 @@ func (p *proxyConfig) merge(n *yaml.Node, origin string) error {
 	return errors.Join(problems...)
 }
 
+// mergeMetadata takes one proxyMetadata. It wins over what is there; within it,
+// two values for one key are an error.
 func (p *proxyConfig) mergeMetadata(n *yaml.Node, origin string) error {
 	if n.Kind != yaml.MappingNode {
 		return errors.New("proxyMetadata: must be a map from string to string")
 	}
 	var problems []error
+	names := map[string]string{} // as they stand there, by key
 	for i := 0; i+1 < len(n.Content); i += 2 {
-		key, val := n.Content[i], n.Content[i+1]
+		name, val := n.Content[i].Value, n.Content[i+1]
+		if val.Kind == yaml.AliasNode {
+			val = val.Alias
+		}
 		if val.Kind != yaml.ScalarNode || val.Tag != "!!str" {
-			problems = append(problems, fmt.Errorf("proxyMetadata.%s: must be a string; quote the value", key.Value))
+			problems = append(problems, fmt.Errorf("proxyMetadata.%s: must be a string; quote the value", name))
 			continue
 		}
-		p.metadata[key.Value] = sourced{val.Value, origin}
+		key := metadataName(name)
+		if key == "" {
+			continue
+		}
+		if first, ok := names[key]; ok {
+			if p.metadata[key].text != val.Value {
+				problems = append(problems, fmt.Errorf("proxyMetadata.%s contradicts proxyMetadata.%s: both name the metadata %s, set one of them", name, first, key))
+			}
+			continue
+		}
+		names[key] = name
+		p.metadata[key] = sourced{val.Value, origin}
 	}
 	return errors.Join(problems...)
 }

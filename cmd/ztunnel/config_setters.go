@@ -84,8 +84,21 @@ func setProviders(l *loader, v value) error {
 	return nil
 }
 
+// parseTrustDomain takes the name of a trust domain and nothing else: of the ID
+// of a workload, which go-spiffe takes too, the path would be lost.
+func parseTrustDomain(s string) (spiffeid.TrustDomain, error) {
+	td, err := spiffeid.TrustDomainFromString(s)
+	if err == nil && td.Name() != s {
+		err = errors.New("must be the name of a trust domain alone, as in cluster.local, and no URI")
+	}
+	if err != nil {
+		return spiffeid.TrustDomain{}, fmt.Errorf("%q: %w", s, err)
+	}
+	return td, nil
+}
+
 func setTrustDomain(l *loader, v value) error {
-	td, err := spiffeid.TrustDomainFromString(v.text)
+	td, err := parseTrustDomain(v.text)
 	if err != nil {
 		return err
 	}
@@ -96,9 +109,9 @@ func setTrustDomain(l *loader, v value) error {
 func setTrustDomainAliases(l *loader, v value) error {
 	names, _ := list(v.text)
 	for _, n := range names {
-		td, err := spiffeid.TrustDomainFromString(n)
+		td, err := parseTrustDomain(n)
 		if err != nil {
-			return fmt.Errorf("%q: %w", n, err)
+			return err
 		}
 		l.cfg.CA.TrustDomainAliases = append(l.cfg.CA.TrustDomainAliases, td.Name())
 	}
@@ -125,7 +138,8 @@ func setXDSAddress(l *loader, v value) (err error) {
 	if !v.set {
 		v.text = l.defaultControlPlane()
 		if f, ok := l.proxy.fields["discoveryAddress"]; ok {
-			v.text = f.text
+			l.cfg.XDS.Address, _ = parseAddress(f.text) // checked by its own row
+			return nil
 		}
 	}
 	l.cfg.XDS.Address, err = parseAddress(v.text)

@@ -24,6 +24,7 @@ type variable struct {
 	secret     bool   // never shown
 	bulky      bool   // only its length is shown
 	parseEmpty bool   // call set with the empty default, too
+	warn       bool   // with since: somebody who sets it counts on it, so say that it has no effect
 
 	set func(*loader, value) error
 }
@@ -52,6 +53,7 @@ const (
 	laterSOCKS  = "SOCKS5"
 	laterCRL    = "revocation"
 	laterRoutes = "several providers"
+	laterTunnel = "application tunnels"
 )
 
 // to makes the setter of a row that is one value of one field.
@@ -88,6 +90,17 @@ func positive(s string) (time.Duration, error) {
 		return 0, errors.New("must be longer than 0")
 	}
 	return d, err
+}
+
+// atLeast is parseDuration with a lower bound.
+func atLeast(least time.Duration) func(string) (time.Duration, error) {
+	return func(s string) (time.Duration, error) {
+		d, err := parseDuration(s)
+		if err == nil && d < least {
+			return 0, fmt.Errorf("must be at least %s", least)
+		}
+		return d, err
+	}
 }
 
 func number[T uint16 | uint32 | uint64 | int](lo, hi uint64) func(string) (T, error) {
@@ -145,19 +158,19 @@ var proxyVars = group{name: "Proxy", doc: "What this process is and where it sta
 	{name: "NETWORK", typ: "string", doc: "The network of this node.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.Network })},
 	{name: "CLUSTER_ID", typ: "string", def: "Kubernetes", doc: "The cluster of this node. `ISTIO_META_CLUSTER_ID` wins over it.", set: setClusterID},
-	{name: "CLUSTER_DOMAIN", typ: "string", def: "cluster.local", doc: "The DNS domain of the cluster.",
+	{name: "CLUSTER_DOMAIN", typ: "string", def: "cluster.local", doc: "The DNS domain of the cluster.", since: laterDNS,
 		set: to(text, func(c *Config) *string { return &c.Proxy.ClusterDomain })},
-	{name: "POD_NAME", typ: "string", doc: "The proxy's own pod. Together with the next two it gives the proxy an identity of its own.",
+	{name: "POD_NAME", typ: "string", doc: "The proxy's own pod. Together with the next two it gives the proxy an identity of its own, which is shown in `/config_dump`.", since: laterXDS,
 		set: to(text, func(c *Config) *string { return &c.Proxy.PodName })},
-	{name: "POD_NAMESPACE", typ: "string", doc: "The namespace of the proxy's own pod.",
+	{name: "POD_NAMESPACE", typ: "string", doc: "The namespace of the proxy's own pod.", since: laterXDS,
 		set: to(text, func(c *Config) *string { return &c.Proxy.PodNamespace })},
-	{name: "SERVICE_ACCOUNT", typ: "string", doc: "The service account of the proxy's own pod.",
+	{name: "SERVICE_ACCOUNT", typ: "string", doc: "The service account of the proxy's own pod.", since: laterXDS,
 		set: to(text, func(c *Config) *string { return &c.Proxy.ServiceAccount })},
 	{name: "INSTANCE_IP", typ: "string", def: "1.1.1.1", doc: "The address of the proxy's own pod, a part of its xDS node.", since: laterXDS,
 		set: to(text, func(c *Config) *string { return &c.Proxy.InstanceIP })},
-	{name: "TRUST_DOMAIN", typ: "string", def: "cluster.local", doc: "Shown in the proxy's own identity, nothing else. See `DEFAULT_TRUST_DOMAIN`.",
+	{name: "TRUST_DOMAIN", typ: "string", def: "cluster.local", doc: "Shown in the proxy's own identity in `/config_dump`, nothing else. See `DEFAULT_TRUST_DOMAIN`.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.TrustDomain })},
-	{name: "LOCALHOST_APP_TUNNEL", typ: "bool", def: "true", doc: "Reach the target of an application tunnel over loopback.",
+	{name: "LOCALHOST_APP_TUNNEL", typ: "bool", def: "true", doc: "Reach the target of an application tunnel over loopback.", since: laterTunnel, warn: true,
 		set: to(parseBool, func(c *Config) *bool { return &c.Proxy.LocalhostAppTunnel })},
 	{name: "ENABLE_RESPONSE_BAGGAGE", typ: "bool", def: "true", doc: "Answer a CONNECT with the baggage of the destination, and use that of a peer.",
 		set: to(parseBool, func(c *Config) *bool { return &c.Proxy.ResponseBaggage })},
@@ -210,9 +223,9 @@ var hboneVars = group{name: "HBONE", doc: "Tunnels between proxies: HTTP/2 CONNE
 		set: to(number[uint32](1, maxU16), func(c *Config) *uint32 { return &c.HBONE.PoolMaxStreams })},
 	{name: "POOL_CONNECTIONS_PER_KEY", typ: "number", def: "1", doc: "Tunnels to one destination before the cap above is reached. Ours.",
 		set: to(number[int](1, maxU16), func(c *Config) *int { return &c.HBONE.PoolConnections })},
-	{name: "POOL_UNUSED_RELEASE_TIMEOUT", typ: "duration", def: "5m", doc: "How long a pooled tunnel without streams is kept.",
+	{name: "POOL_UNUSED_RELEASE_TIMEOUT", typ: "duration", def: "5m", doc: "How long a pooled tunnel without streams is kept; `0s` = it is closed at once.",
 		set: to(parseDuration, func(c *Config) *time.Duration { return &c.HBONE.PoolUnusedTimeout })},
-	{name: "POOL_MAX_CONNECTION_AGE", typ: "duration", def: "0s", doc: "A pooled tunnel takes no new streams after this; `0s` = no limit. Ours.",
+	{name: "POOL_MAX_CONNECTION_AGE", typ: "duration", def: "0s", doc: "A pooled tunnel takes no new streams after this; `0s` = as long as its certificates are valid. Ours.",
 		set: to(parseDuration, func(c *Config) *time.Duration { return &c.HBONE.PoolMaxAge })},
 	{name: "HBONE_MAX_CONCURRENT_STREAMS", typ: "number", def: "200", doc: "Streams that a peer may hold open on one tunnel to us. Ours.",
 		set: to(number[uint32](1, maxU32), func(c *Config) *uint32 { return &c.HBONE.MaxConcurrentStreams })},
@@ -240,7 +253,7 @@ var timeoutVars = group{name: "Timeouts", doc: "Every wait of a connection is bo
 		set: to(positive, func(c *Config) *time.Duration { return &c.HBONE.PingTimeout })},
 	{name: "WORKLOAD_WAIT_TIMEOUT", typ: "duration", def: "5s", doc: "How long a connection waits for its workload to become known.",
 		set: to(positive, func(c *Config) *time.Duration { return &c.Timeouts.WorkloadWait })},
-	{name: "CA_REQUEST_TIMEOUT", typ: "duration", def: "10s", doc: "One request for a certificate.",
+	{name: "CA_REQUEST_TIMEOUT", typ: "duration", def: "10s", doc: "One request for a certificate, and the wait of a connection for its first.",
 		set: to(positive, func(c *Config) *time.Duration { return &c.CA.RequestTimeout })},
 	{name: "HTTP_HEADER_TIMEOUT", typ: "duration", def: "2s", doc: "Reading a request header on the admin, metrics and readiness ports.",
 		set: to(positive, func(c *Config) *time.Duration { return &c.Timeouts.HTTPHeader })},

@@ -9,8 +9,8 @@ var caVars = group{name: "Certificates", doc: "Who signs for the workloads, and 
 		set: to(parseBool, func(c *Config) *bool { return &c.CA.Fake })},
 	{name: "CA_LOCAL_DIR", typ: "path", doc: "Where the local CA keeps its root certificate and key. Empty: in memory, a new root with each start.",
 		set: to(text, func(c *Config) *string { return &c.CA.LocalDir })},
-	{name: "SECRET_TTL", typ: "duration", def: "24h", doc: "The validity to ask for.",
-		set: to(positive, func(c *Config) *time.Duration { return &c.CA.SecretTTL })},
+	{name: "SECRET_TTL", typ: "duration", def: "24h", doc: "The validity to ask for, at least `1s`.",
+		set: to(atLeast(time.Second), func(c *Config) *time.Duration { return &c.CA.SecretTTL })},
 	{name: "CA_LINGER", typ: "duration", def: "5m", doc: "How long a certificate is kept and renewed after its last use.",
 		set: to(parseDuration, func(c *Config) *time.Duration { return &c.CA.Linger })},
 	{name: "SVID_VALIDATION", typ: "`strict`, `compatible`", defDoc: "`strict` for SPIRE, `compatible` for `istio` and `local`",
@@ -38,11 +38,11 @@ var caVars = group{name: "Certificates", doc: "Who signs for the workloads, and 
 var spireVars = group{name: "SPIRE", doc: "Settings of the SPIRE providers. None has an effect in this build.", vars: []variable{
 	{name: "SPIRE_ENABLED", aliases: []string{"USE_SPIRE"}, typ: "bool", def: "false", doc: "`true` is the same as `CA_PROVIDER=spire-delegated`.", since: laterSPIRE,
 		set: func(l *loader, v value) (err error) { l.spire, err = parseBool(v.text); return err }},
-	{name: "SPIRE_ADMIN_ENDPOINT_SOCKET", typ: "URI", def: "unix:///run/spire/sockets/admin.sock", doc: "The agent's admin socket.", since: laterSPIRE, set: check(text)},
+	{name: "SPIRE_ADMIN_ENDPOINT_SOCKET", typ: "URI", def: "unix:///run/spire/sockets/admin.sock", doc: "The agent's admin socket.", since: laterSPIRE, set: check(parseSocket)},
 	{name: "SPIRE_TIMEOUT", typ: "duration", def: "10s", doc: "One request to the agent.", since: laterSPIRE, set: check(positive)},
 	{name: "CONTAINER_RUNTIME_SOCK_PATH", typ: "path", def: "/run/containerd/containerd.sock", doc: "Accepted for compatibility.", since: laterSPIRE, set: check(text)},
-	{name: "SPIFFE_BROKER_SOCKET", typ: "URI or path", doc: "The broker.", since: laterSPIRE, set: check(text)},
-	{name: "SPIFFE_BROKER_WORKLOAD_API_SOCKET", typ: "URI or path", doc: "The workload API that gives the proxy its own identity towards the broker.", since: laterSPIRE, set: check(text)},
+	{name: "SPIFFE_BROKER_SOCKET", typ: "URI or path", doc: "The broker.", since: laterSPIRE, set: check(parseSocket)},
+	{name: "SPIFFE_BROKER_WORKLOAD_API_SOCKET", typ: "URI or path", doc: "The workload API that gives the proxy its own identity towards the broker.", since: laterSPIRE, set: check(parseSocket)},
 	{name: "SPIFFE_BROKER_WORKLOAD_API_SPIFFE_ID", typ: "SPIFFE ID", def: "spiffe://cluster.local/ns/istio-system/sa/ztunnel", doc: "The proxy's own identity towards the broker.", since: laterSPIRE, set: check(text)},
 	{name: "SPIFFE_BROKER_ATTESTATION", typ: "`k8s_object`", def: "k8s_object", doc: "How a workload is referenced.", since: laterSPIRE, set: check(oneOf("k8s_object"))},
 	{name: "SPIFFE_BROKER_TIMEOUT", typ: "duration", def: "10s", doc: "One request to the broker.", since: laterSPIRE, set: check(positive)},
@@ -69,7 +69,7 @@ var localVars = group{name: "Local state", doc: "Workloads, services and policie
 		set: to(nonEmpty, func(c *Config) *string { return &c.XDS.LocalPath })},
 	{name: "LOCAL_XDS", typ: "YAML", doc: "The same as text.", bulky: true,
 		set: to(text, func(c *Config) *string { return &c.XDS.LocalInline })},
-	{name: "PREFERED_SERVICE_NAMESPACE", typ: "string", doc: "The namespace that wins where several services share a host name. (The spelling is the reference's.)",
+	{name: "PREFERED_SERVICE_NAMESPACE", typ: "string", doc: "The namespace that wins where several services share a host name. (The spelling is the reference's.)", since: laterDNS, warn: true,
 		set: to(text, func(c *Config) *string { return &c.State.PreferredServiceNamespace })},
 }}
 
@@ -124,5 +124,5 @@ var metadataVars = group{name: "ProxyConfig and metadata", doc: "ProxyConfig is 
 	{name: "ISTIO_METAJSON_*", prefix: true, bulky: true, typ: "JSON", doc: "Metadata of the xDS node. What is not JSON is skipped with a warning.", since: laterXDS, set: setMetadataJSON},
 	{name: "ISTIO_META_ISTIO_VERSION", meta: "ISTIO_VERSION", typ: "string", def: "unknown", doc: "The tag label of `istio_build`.",
 		set: to(text, func(c *Config) *string { return &c.Metrics.BuildTag })},
-	{name: "KUBERNETES_SERVICE_HOST", typ: "string", doc: "Its presence decides the default of `CA_ADDRESS`.", set: check(text)},
+	{name: "KUBERNETES_SERVICE_HOST", typ: "string", doc: "Its presence decides the default of `CA_ADDRESS` and `XDS_ADDRESS`.", since: laterCA, set: check(text)},
 }}

@@ -220,6 +220,9 @@ func TestID_CF04_Validation(t *testing.T) {
 		{"mode shared", "PROXY_MODE=shared", "set PROXY_MODE=dedicated"},
 		{"no workload", "-PROXY_WORKLOAD_INFO", "invalid configuration: PROXY_MODE=dedicated requires PROXY_WORKLOAD_INFO to be set"},
 		{"workload of two parts", "PROXY_WORKLOAD_INFO=a/b", "invalid env var PROXY_WORKLOAD_INFO=a/b (must be namespace/name/service-account)"},
+		{"workload without identity", "PROXY_WORKLOAD_INFO=ns/pod/..", "invalid env var PROXY_WORKLOAD_INFO=ns/pod/.. (invalid spiffe identity: "},
+		{"workload of four parts", "PROXY_WORKLOAD_INFO=ns/pod/sa/b", "namespace and service account must be of letters, digits"},
+		{"workload and trust domain", "PROXY_WORKLOAD_INFO=ns/pod/a b;DEFAULT_TRUST_DOMAIN=X", "PROXY_WORKLOAD_INFO=ns/pod/a b (invalid spiffe identity"},
 		{"no servers", "ENABLE_PROXY=false", "error parsing proxy config: ztunnel run without any servers enabled"},
 		{"bool", "ENABLE_PROXY=1", "invalid env var ENABLE_PROXY=1 (must be true or false)"},
 		{"bool case", "IPV6_ENABLED=True", "invalid env var IPV6_ENABLED=True (must be true or false)"},
@@ -232,6 +235,10 @@ func TestID_CF04_Validation(t *testing.T) {
 		{"window", "HTTP2_STREAM_WINDOW_SIZE=4294967295", "(must be a whole number from 65535 to 2147483647)"},
 		{"duration", "POOL_UNUSED_RELEASE_TIMEOUT=5x", `invalid env var POOL_UNUSED_RELEASE_TIMEOUT=5x (unknown unit "x"`},
 		{"duration empty", "SECRET_TTL=", "invalid env var SECRET_TTL= (Empty input)"},
+		{"certificate life", "SECRET_TTL=10ms", "invalid env var SECRET_TTL=10ms (must be at least 1s)"},
+		{"certificate life, least", "SECRET_TTL=1s", ""},
+		{"ping interval zero", "HBONE_PING_INTERVAL=0", "invalid env var HBONE_PING_INTERVAL=0 (must be longer than 0)"},
+		{"idle timeout zero", "HBONE_IDLE_TIMEOUT=0s", "invalid env var HBONE_IDLE_TIMEOUT=0s (must be longer than 0)"},
 		{"timeout zero", "TCP_CONNECT_TIMEOUT=0s", "(must be longer than 0)"},
 		{"threads", "ZTUNNEL_WORKER_THREADS=many", "(invalid number: "},
 		{"threads percentage", "ZTUNNEL_WORKER_THREADS=x%", "(invalid percentage: "},
@@ -279,6 +286,22 @@ func TestID_CF04_Validation(t *testing.T) {
 		{"foreign", "AUTHZ_FOREIGN_TRUST_DOMAIN=yes", "(must be one of ignore, match)"},
 		{"trust domain", "DEFAULT_TRUST_DOMAIN=Cluster.Local", "invalid env var DEFAULT_TRUST_DOMAIN=Cluster.Local ("},
 		{"trust domain alias", "TRUST_DOMAIN_ALIASES=a, b/c", `invalid env var TRUST_DOMAIN_ALIASES=a, b/c ("b/c": `},
+		{"trust domain as URI", "DEFAULT_TRUST_DOMAIN=spiffe://x/ns/a/sa/b", "invalid env var DEFAULT_TRUST_DOMAIN=spiffe://x/ns/a/sa/b (\"spiffe://x/ns/a/sa/b\": must be the name of a trust domain alone"},
+		{"trust domain as scheme and name", "DEFAULT_TRUST_DOMAIN=spiffe://x", "must be the name of a trust domain alone"},
+		{"trust domain alias as URI", "TRUST_DOMAIN_ALIASES=a,spiffe://x/ns/y", "(\"spiffe://x/ns/y\": must be the name of a trust domain alone"},
+		{"metadata twice", "ISTIO_META_X=one;ISTIO_META_ISTIO_META_X=two", "invalid env var ISTIO_META_X=one (contradicts ISTIO_META_ISTIO_META_X=two: both name the metadata X"},
+		{"metadata twice, the same", "ISTIO_META_X=one;ISTIO_META_ISTIO_META_X=one", ""},
+		{"secret metadata twice", "ISTIO_META_A_TOKEN=sesame1;ISTIO_META_ISTIO_META_A_TOKEN=sesame2", "ISTIO_META_ISTIO_META_A_TOKEN=<redacted> (contradicts ISTIO_META_A_TOKEN=<redacted>"},
+		{"metadata twice in ProxyConfig", "PROXY_CONFIG={proxyMetadata: {X: one, ISTIO_META_ISTIO_META_X: two}}", "proxyMetadata.ISTIO_META_ISTIO_META_X contradicts proxyMetadata.X"},
+		{"ports of our own", "PROXY_CONFIG={proxyAdminPort: 15020}", "proxyAdminPort=15020 in PROXY_CONFIG (the port of statsPort: must be another one)"},
+		{"ports of our own, the other", "PROXY_CONFIG={statsPort: 15000}", "statsPort=15000 in PROXY_CONFIG (the port of proxyAdminPort: must be another one)"},
+		{"ports, both set", "PROXY_CONFIG={statsPort: 1, proxyAdminPort: 1}", "statsPort=1 in PROXY_CONFIG (the port of proxyAdminPort"},
+		{"ports exchanged", "PROXY_CONFIG={statsPort: 15000, proxyAdminPort: 15020}", ""},
+		{"ports any", "PROXY_CONFIG={statsPort: 0, proxyAdminPort: 0}", ""},
+		{"port of HBONE", "PROXY_CONFIG={proxyAdminPort: 15008}", "proxyAdminPort=15008 in PROXY_CONFIG (the port of the HBONE listener"},
+		{"port of inbound plaintext", "PROXY_CONFIG={statsPort: 15006}", "statsPort=15006 in PROXY_CONFIG (the port of the inbound plaintext listener"},
+		{"port of outbound", "PROXY_CONFIG={statsPort: 15001}", "(the port of the outbound listener"},
+		{"port of readiness", "PROXY_CONFIG={statsPort: 15021}", "(the port of readiness"},
 		{"log filter", "RUST_LOG=access=loud", "invalid env var RUST_LOG=access=loud ("},
 		{"log filter empty", "RUST_LOG=", ""},
 		{"unknown names", "NO_SUCH_SETTING=1;ISTIO_META_X=y;PROXY_CONFIG=proxyMetadata: {NOBODY: knows}", ""},
@@ -333,6 +356,8 @@ func TestLoad_Warnings(t *testing.T) {
 		{"ISTIO_METAJSON_X={", "ISTIO_METAJSON_X"},
 		{"-LOCAL_XDS_PATH", "LOCAL_XDS_PATH"},
 		{"INPOD_ENABLED=whatever", ""},
+		{"PREFERED_SERVICE_NAMESPACE=a", "PREFERED_SERVICE_NAMESPACE"},
+		{"LOCALHOST_APP_TUNNEL=false", "LOCALHOST_APP_TUNNEL"},
 	}
 	for _, tt := range tests {
 		_, warnings, err := Load(with(tt.env), files(nil))
@@ -350,7 +375,7 @@ func TestLoad_Warnings(t *testing.T) {
 }
 
 func TestLoad_Values(t *testing.T) {
-	c := mustParse(t, with("PROXY_WORKLOAD_INFO=ns/pod/sa/with/slashes", "TRUST_DOMAIN_ALIASES=old.example, older.example",
+	c := mustParse(t, with("PROXY_WORKLOAD_INFO=ns/pod/sa", "TRUST_DOMAIN_ALIASES=old.example, older.example",
 		"AUTHZ_MISSING_POLICY=deny", "AUTHZ_FOREIGN_TRUST_DOMAIN=match", "AUTHZ_POLICY_INFO_LOGGING=true", "SVID_VALIDATION=strict",
 		"ZTUNNEL_MEMORY_LIMIT=512Mi", "IPV6_ENABLED=false", "TLS12_ENABLED=true", "COMPLIANCE_POLICY=pqc", "AUTH_TOKEN=/token",
 		"NODE_NAME=\xff", "ENABLE_ORIG_SRC=false", "NETWORK=first", "NETWORK=second"), map[string]string{"/token": "x"})
@@ -360,7 +385,7 @@ func TestLoad_Values(t *testing.T) {
 			t.Errorf("%s: %s", name, d)
 		}
 	}
-	check("workload", c.Proxy.Workload, WorkloadInfo{"ns", "pod", "sa/with/slashes"})
+	check("workload", c.Proxy.Workload, WorkloadInfo{"ns", "pod", "sa"})
 	check("aliases", c.CA.TrustDomainAliases, []string{"old.example", "older.example"})
 	check("authz", c.Authz, AuthzConfig{InfoLogging: true, MissingPolicyDeny: true, MatchForeignIdentity: true})
 	check("validation", c.CA.Validation, "strict")

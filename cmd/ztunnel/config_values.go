@@ -197,6 +197,9 @@ func parseAddress(s string) (string, error) {
 	if strings.HasPrefix(s, "unix:") {
 		return s, nil
 	}
+	if err := noUserinfo(s); err != nil {
+		return "", err
+	}
 	if !strings.Contains(s, "://") {
 		s = "https://" + s
 	}
@@ -216,7 +219,30 @@ func parseAddress(s string) (string, error) {
 	return s, nil
 }
 
-// parseWorkloadInfo splits ns/name/sa; the service account may contain slashes.
+// errUserinfo refuses credentials in a URI. Whoever reports it must not show the
+// value.
+var errUserinfo = errors.New(`invalid uri: user information ("user:password@host") is not allowed, and is not repeated here`)
+
+// noUserinfo is errUserinfo for a URI with an @ anywhere but in a unix path:
+// nothing else may have one, and where a password with unescaped characters ends
+// is anybody's guess.
+func noUserinfo(s string) error {
+	if strings.Contains(s, "@") {
+		return errUserinfo
+	}
+	return nil
+}
+
+// parseSocket takes the path or the URI of a socket.
+func parseSocket(s string) (string, error) {
+	if strings.Contains(s, "://") && !strings.HasPrefix(s, "unix:") {
+		return s, noUserinfo(s)
+	}
+	return s, nil
+}
+
+// parseWorkloadInfo splits ns/name/sa. Whether they make an identity is checked
+// when the trust domain is known.
 func parseWorkloadInfo(s string) (WorkloadInfo, error) {
 	parts := strings.SplitN(s, "/", 3)
 	if len(parts) != 3 || parts[0] == "" || parts[1] == "" || parts[2] == "" {
