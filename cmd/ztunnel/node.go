@@ -59,11 +59,7 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	}
 	n.registry = registry
 	registerLog(registry, parts.log)
-	td, aliases, err := trustDomains(cfg)
-	if err != nil {
-		return nil, err
-	}
-	validation, err := ca.ParseValidation(cfg.CA.Validation)
+	trust, err := trustOf(cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -71,44 +67,28 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	if err := n.loadState(registry); err != nil {
 		return nil, err
 	}
-	n.certs = ca.NewManager(single{parts.provider}, ca.ManagerConfig{Linger: explicit(cfg.CA.Linger), Validation: validation, Logger: n.slog})
-	tolerated := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "istio_svid_compatible_accept", Help: "The number of peer certificates accepted although they break a SPIFFE rule (unstable)",
-	}, []string{"rule"})
-	registry.MustRegister(tolerated)
-	n.proxy, err = proxy.New(dataPathConfig(cfg, n, parts.network, proxy.NewMetrics(registry, proxy.MetricsConfig{
-		Idle: explicit(cfg.Metrics.IdleTimeout), MaxSeries: cfg.Metrics.MaxSeries,
-	}), ca.TLSOptions{
-		TLS12: cfg.TLS.AllowTLS12, PQC: cfg.TLS.PostQuantum, DefaultTrustDomain: td, Aliases: aliases, Validation: validation,
-		Tolerated: func(rule string) { tolerated.WithLabelValues(rule).Inc() },
-	}, n.hboneConfig(registry)))
-	if err != nil {
+	manager := managerConfig(cfg, trust)
+	manager.Logger = n.slog
+	n.certs = ca.NewManager(single{parts.provider}, manager)
+	data := dataPathConfig(cfg)
+	data.Network, data.Store, data.Certs, data.Log = parts.network, n.store, n.certs, n.slog
+	data.Metrics = proxy.NewMetrics(registry, metricsConfig(cfg))
+	data.TLS = tlsOptions(cfg, trust)
+	data.TLS.Tolerated = countTolerated(registry)
+	n.watchTunnels(&data.HBONE, registry)
+	if n.proxy, err = proxy.New(data); err != nil {
 		return nil, err
 	}
 	return n, n.newServers(registry)
 }
 
-// explicit is a duration of which 0 is meant, for packages in which 0 means the
-// default and a negative one means what 0 means here.
-func explicit(d time.Duration) time.Duration {
-	if d == 0 {
-		return -1
-	}
-	return d
-}
-
-func stateConfig(cfg *Config) state.Config {
-	c := state.Config{
-		NodeName: cfg.Proxy.Node, Network: cfg.Proxy.Network, ClusterID: cfg.Proxy.ClusterID,
-		DefaultTrustDomain: cfg.CA.DefaultTrustDomain, TrustDomainAliases: cfg.CA.TrustDomainAliases,
-	}
-	if cfg.Authz.MatchForeignIdentity {
-		c.AuthzForeignTrustDomain = state.MatchForeign
-	}
-	if cfg.Authz.MissingPolicyDeny {
-		c.AuthzMissingPolicy = state.DenyMissing
-	}
-	return c
+// countTolerated shows the certificates that only compatible mode accepts.
+func countTolerated(registry *prometheus.Registry) func(rule string) {
+	tolerated := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "istio_svid_compatible_accept", Help: "The number of peer certificates accepted although they break a SPIFFE rule (unstable)",
+	}, []string{"rule"})
+	registry.MustRegister(tolerated)
+	return func(rule string) { tolerated.WithLabelValues(rule).Inc() }
 }
 
 // registerLog shows the lines that the log's output did not take.
@@ -128,38 +108,31 @@ func (n *node) loadState(registry *prometheus.Registry) error {
 		Name: "istio_local_config_loads", Help: "The number of attempts to load the local configuration, by outcome (unstable)",
 	}, []string{"outcome"})
 	registry.MustRegister(loads)
-	world, err := local.New(local.Config{
-		Path: n.cfg.XDS.LocalPath, Inline: n.cfg.XDS.LocalInline, Store: n.store, ClusterID: n.cfg.Proxy.ClusterID, Logger: n.slog,
-		Loaded: func(err error) {
-			outcome := "ok"
-			if err != nil {
-				outcome = "error"
-			}
-			loads.WithLabelValues(outcome).Inc()
-		},
-	})
+	world := worldConfig(n.cfg)
+	world.Store, world.Logger = n.store, n.slog
+	world.Loaded = func(err error) {
+		outcome := "ok"
+		if err != nil {
+			outcome = "error"
+		}
+		loads.WithLabelValues(outcome).Inc()
+	}
+	source, err := local.New(world)
 	if err != nil {
 		return err
 	}
-	n.world = world
-	return world.Load()
+	n.world = source
+	return source.Load()
 }
 
-// hboneConfig is that of the tunnels, with the budget of the process: a quarter
-// of the memory limit may be queued for slow applications (design D10).
-func (n *node) hboneConfig(registry *prometheus.Registry) hbone.Config {
-	cfg := n.cfg.HBONE
-	c := hbone.Config{
-		StreamWindow: int(cfg.StreamWindow), ConnWindow: int(cfg.ConnectionWindow), FrameSize: int(cfg.FrameSize),
-		MaxStreams: int(cfg.MaxConcurrentStreams), HandshakeTimeout: n.cfg.Timeouts.Handshake, ResponseTimeout: n.cfg.Timeouts.Response,
-		PingInterval: cfg.PingInterval, PingTimeout: cfg.PingTimeout, IdleTimeout: cfg.IdleTimeout,
-		Stats: new(hbone.Stats), Logger: n.slog.With("component", "proxy::hbone"),
-	}
-	if limit := n.cfg.Proxy.MemoryLimit; limit > 0 {
-		c.Budget = hbone.NewBudget(int64(limit / 4))
+// watchTunnels adds to the configuration of the tunnels what they share in this
+// process: the budget, the counters and the log.
+func (n *node) watchTunnels(c *hbone.Config, registry *prometheus.Registry) {
+	c.Stats, c.Logger = new(hbone.Stats), n.slog.With("component", "proxy::hbone")
+	if limit := queueLimit(n.cfg); limit > 0 {
+		c.Budget = hbone.NewBudget(limit)
 	}
 	registerStats(registry, c.Stats, c.Budget)
-	return c
 }
 
 // registerStats shows what the tunnels count.
@@ -177,20 +150,6 @@ func registerStats(registry *prometheus.Registry, s *hbone.Stats, b *hbone.Budge
 	registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "istio_hbone_queued_bytes", Help: "The bytes queued for slow applications (unstable)",
 	}, func() float64 { return float64(b.Used()) }))
-}
-
-func dataPathConfig(cfg *Config, n *node, network netns.Network, metrics *proxy.Metrics, tls ca.TLSOptions, tunnels hbone.Config) proxy.Config {
-	w := cfg.Proxy.Workload
-	return proxy.Config{
-		Network: network, Store: n.store, Certs: n.certs, TLS: tls,
-		Local:        state.Ref{Namespace: w.Namespace, Name: w.Name, ServiceAccount: w.ServiceAccount},
-		OutboundAddr: cfg.Listeners.Outbound, InboundAddr: cfg.Listeners.Inbound, PassthroughAddr: cfg.Listeners.InboundPlaintext,
-		IllegalPorts: cfg.Listeners.IllegalPorts, NetworkID: cfg.Proxy.Network,
-		HBONE: tunnels, PoolMaxStreams: int(cfg.HBONE.PoolMaxStreams), PoolIdle: cfg.HBONE.PoolUnusedTimeout,
-		PoolConnsPerKey: cfg.HBONE.PoolConnections,
-		ResponseBaggage: cfg.Proxy.ResponseBaggage, PolicyInfoLogging: cfg.Authz.InfoLogging, WorkloadWait: cfg.Timeouts.WorkloadWait,
-		CertificateWait: cfg.CA.RequestTimeout, Metrics: metrics, Log: n.slog,
-	}
 }
 
 // newServers makes the three HTTP servers.
@@ -213,7 +172,7 @@ func (n *node) newServers(registry *prometheus.Registry) (err error) {
 		return err
 	}
 	for _, s := range []*admin.Server{n.admin, n.stats, n.readiness} {
-		s.HeaderTimeout = n.cfg.Timeouts.HTTPHeader
+		s.HeaderTimeout = n.cfg.serverConfig().headerTimeout
 	}
 	return nil
 }
@@ -225,14 +184,15 @@ func (n *node) listen(ctx context.Context) (err error) {
 			n.closeListeners()
 		}
 	}()
+	servers := n.cfg.serverConfig()
 	for _, l := range []struct {
 		name string
 		addr BindAddr
 		to   *[]net.Listener
 	}{
-		{"readiness", n.cfg.Listeners.Readiness, &n.readinessLn},
-		{"admin", n.cfg.Listeners.Admin, &n.adminLn},
-		{"stats", n.cfg.Listeners.Stats, &n.statsLn},
+		{"readiness", servers.readiness, &n.readinessLn},
+		{"admin", servers.admin, &n.adminLn},
+		{"stats", servers.stats, &n.statsLn},
 	} {
 		for _, addr := range l.addr.Addrs() {
 			ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr.String())
@@ -315,23 +275,4 @@ func (n *node) run(ctx context.Context) error {
 	}
 	cut(proxy.ErrDraining)
 	return errors.Join(failure, <-done)
-}
-
-// newHostNetwork is the network of a dedicated proxy: its own namespace.
-func newHostNetwork(cfg *Config, log *slog.Logger) netns.Network {
-	s := cfg.Sockets
-	h := netns.HostConfig{
-		Keepalive: netns.Keepalive{Enabled: s.KeepAlive, Time: s.KeepAliveTime, Interval: s.KeepAliveInterval, Retries: int(s.KeepAliveRetries)},
-		Mark:      s.Mark, IPv6Enabled: s.IPv6, ConnectTimeout: cfg.Timeouts.TCPConnect, Logger: log,
-	}
-	if s.UserTimeout {
-		h.UserTimeout = s.KeepAliveTime + time.Duration(s.KeepAliveRetries)*s.KeepAliveInterval
-	}
-	switch s.OriginalSource {
-	case OriginalSourceOn:
-		h.OriginalSource = netns.OriginalSourceRequired
-	case OriginalSourceNever:
-		h.OriginalSource = netns.OriginalSourceOff
-	}
-	return netns.NewHost(h)
 }

@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"log/slog"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/local"
 )
@@ -13,33 +11,18 @@ import (
 // newProvider makes the certificate provider that the configuration names. It
 // is the only place that knows the backends.
 func newProvider(cfg *Config, log *slog.Logger) (ca.Provider, error) {
-	td, aliases, err := trustDomains(cfg)
+	trust, err := trustOf(cfg)
 	if err != nil {
 		return nil, err
 	}
 	switch name := cfg.CA.Providers[0]; name {
-	case "local":
-		return local.New(local.Config{
-			Dir: cfg.CA.LocalDir, TrustDomain: td, Aliases: aliases, TTL: cfg.CA.SecretTTL, Logger: log,
-		})
+	case providerLocal:
+		c := localCAConfig(cfg, trust)
+		c.Logger = log
+		return local.New(c)
 	default:
-		return nil, fmt.Errorf("certificate provider %q: want local", name)
+		return nil, fmt.Errorf("certificate provider %q: want %s", name, providerLocal)
 	}
-}
-
-// trustDomains are the mesh's trust domain and its aliases (design D2).
-func trustDomains(cfg *Config) (td spiffeid.TrustDomain, aliases []spiffeid.TrustDomain, err error) {
-	if td, err = spiffeid.TrustDomainFromString(cfg.CA.DefaultTrustDomain); err != nil {
-		return td, nil, fmt.Errorf("DEFAULT_TRUST_DOMAIN %q: %w", cfg.CA.DefaultTrustDomain, err)
-	}
-	for _, name := range cfg.CA.TrustDomainAliases {
-		alias, err := spiffeid.TrustDomainFromString(name)
-		if err != nil {
-			return td, nil, fmt.Errorf("TRUST_DOMAIN_ALIASES %q: %w", name, err)
-		}
-		aliases = append(aliases, alias)
-	}
-	return td, aliases, nil
 }
 
 // single is a ca.Router with one provider.

@@ -17,6 +17,7 @@ import (
 	"github.com/ztunnel-go/ztunnel/admin"
 	"github.com/ztunnel-go/ztunnel/internal/cgroup"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
 
 // logFlush bounds the wait for the last log lines.
@@ -25,7 +26,9 @@ const logFlush = time.Second
 // runProxy runs the proxy until ctx ends and the drain is over. The log goes to
 // stdout.
 func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
-	log, err := zlog.New(zlog.Config{Out: stdout, JSON: cfg.Log.JSON, Filter: cfg.Log.Filter})
+	logs := logConfig(cfg)
+	logs.Out = stdout
+	log, err := zlog.New(logs)
 	if err != nil {
 		return err
 	}
@@ -53,7 +56,9 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	n, err := newNode(cfg, nodeParts{network: newHostNetwork(cfg, log.Logger()), provider: provider, log: log})
+	host := hostConfig(cfg)
+	host.Logger = log.Logger()
+	n, err := newNode(cfg, nodeParts{network: netns.NewHost(host), provider: provider, log: log})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,151 @@
+package main
+
+import (
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+	calocal "github.com/ztunnel-go/ztunnel/ca/local"
+	"github.com/ztunnel-go/ztunnel/internal/zlog"
+	"github.com/ztunnel-go/ztunnel/proxy"
+	"github.com/ztunnel-go/ztunnel/proxy/hbone"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
+	"github.com/ztunnel-go/ztunnel/state"
+	worldlocal "github.com/ztunnel-go/ztunnel/xds/local"
+)
+
+// The functions of this file say what each package gets of the configuration,
+// and nothing else: the caller adds loggers, counters and the other parts.
+
+// explicit is a duration of which 0 is meant, for packages in which 0 means the
+// default and a negative one means what 0 means here.
+func explicit(d time.Duration) time.Duration {
+	if d == 0 {
+		return -1
+	}
+	return d
+}
+
+// trust is what the configuration says of trust, parsed. Load has checked it.
+type trust struct {
+	domain     spiffeid.TrustDomain
+	aliases    []spiffeid.TrustDomain
+	validation ca.Validation
+}
+
+func trustOf(cfg *Config) (t trust, err error) {
+	if t.domain, err = parseTrustDomain(cfg.CA.DefaultTrustDomain); err != nil {
+		return trust{}, err
+	}
+	for _, name := range cfg.CA.TrustDomainAliases {
+		alias, err := parseTrustDomain(name)
+		if err != nil {
+			return trust{}, err
+		}
+		t.aliases = append(t.aliases, alias)
+	}
+	t.validation, err = ca.ParseValidation(cfg.CA.Validation)
+	return t, err
+}
+
+func localCAConfig(cfg *Config, t trust) calocal.Config {
+	return calocal.Config{
+		Dir: cfg.CA.LocalDir, TrustDomain: t.domain, Aliases: t.aliases, TTL: cfg.CA.SecretTTL,
+		Poll: ca.PollConfig{Timeout: cfg.CA.RequestTimeout, Validation: t.validation},
+	}
+}
+
+func managerConfig(cfg *Config, t trust) ca.ManagerConfig {
+	return ca.ManagerConfig{Linger: explicit(cfg.CA.Linger), Validation: t.validation}
+}
+
+func tlsOptions(cfg *Config, t trust) ca.TLSOptions {
+	return ca.TLSOptions{
+		TLS12: cfg.TLS.AllowTLS12, PQC: cfg.TLS.PostQuantum,
+		DefaultTrustDomain: t.domain, Aliases: t.aliases, Validation: t.validation,
+	}
+}
+
+func stateConfig(cfg *Config) state.Config {
+	c := state.Config{
+		NodeName: cfg.Proxy.Node, Network: cfg.Proxy.Network, ClusterID: cfg.Proxy.ClusterID,
+		DefaultTrustDomain: cfg.CA.DefaultTrustDomain, TrustDomainAliases: cfg.CA.TrustDomainAliases,
+	}
+	if cfg.Authz.MatchForeignIdentity {
+		c.AuthzForeignTrustDomain = state.MatchForeign
+	}
+	if cfg.Authz.MissingPolicyDeny {
+		c.AuthzMissingPolicy = state.DenyMissing
+	}
+	return c
+}
+
+func worldConfig(cfg *Config) worldlocal.Config {
+	return worldlocal.Config{Path: cfg.XDS.LocalPath, Inline: cfg.XDS.LocalInline, ClusterID: cfg.Proxy.ClusterID}
+}
+
+// hboneConfig is that of the tunnels of both roles. 0 means the default there,
+// or for ever; Load lets no 0 through.
+func hboneConfig(cfg *Config) hbone.Config {
+	h := cfg.HBONE
+	return hbone.Config{
+		StreamWindow: int(h.StreamWindow), ConnWindow: int(h.ConnectionWindow), FrameSize: int(h.FrameSize),
+		MaxStreams: int(h.MaxConcurrentStreams), HandshakeTimeout: cfg.Timeouts.Handshake, ResponseTimeout: cfg.Timeouts.Response,
+		PingInterval: h.PingInterval, PingTimeout: h.PingTimeout, IdleTimeout: h.IdleTimeout,
+	}
+}
+
+// queueLimit is how many bytes the tunnels of the process may queue for slow
+// applications: a quarter of the memory limit (design D10). 0 is no limit.
+func queueLimit(cfg *Config) int64 { return int64(cfg.Proxy.MemoryLimit / 4) }
+
+func dataPathConfig(cfg *Config) proxy.Config {
+	w := cfg.Proxy.Workload
+	return proxy.Config{
+		Local:        state.Ref{Namespace: w.Namespace, Name: w.Name, ServiceAccount: w.ServiceAccount},
+		OutboundAddr: cfg.Listeners.Outbound, InboundAddr: cfg.Listeners.Inbound, PassthroughAddr: cfg.Listeners.InboundPlaintext,
+		IllegalPorts: cfg.Listeners.IllegalPorts, NetworkID: cfg.Proxy.Network,
+		HBONE: hboneConfig(cfg), PoolMaxStreams: int(cfg.HBONE.PoolMaxStreams), PoolIdle: explicit(cfg.HBONE.PoolUnusedTimeout),
+		PoolMaxAge: cfg.HBONE.PoolMaxAge, PoolConnsPerKey: cfg.HBONE.PoolConnections,
+		ResponseBaggage: cfg.Proxy.ResponseBaggage, PolicyInfoLogging: cfg.Authz.InfoLogging, WorkloadWait: cfg.Timeouts.WorkloadWait,
+		CertificateWait: cfg.CA.RequestTimeout,
+	}
+}
+
+func metricsConfig(cfg *Config) proxy.MetricsConfig {
+	return proxy.MetricsConfig{Idle: explicit(cfg.Metrics.IdleTimeout), MaxSeries: cfg.Metrics.MaxSeries}
+}
+
+// hostConfig is the network of a dedicated proxy: its own namespace.
+func hostConfig(cfg *Config) netns.HostConfig {
+	s := cfg.Sockets
+	h := netns.HostConfig{
+		Keepalive: netns.Keepalive{Enabled: s.KeepAlive, Time: s.KeepAliveTime, Interval: s.KeepAliveInterval, Retries: int(s.KeepAliveRetries)},
+		Mark:      s.Mark, IPv6Enabled: s.IPv6, ConnectTimeout: cfg.Timeouts.TCPConnect,
+	}
+	if s.UserTimeout {
+		h.UserTimeout = s.KeepAliveTime + time.Duration(s.KeepAliveRetries)*s.KeepAliveInterval
+	}
+	switch s.OriginalSource {
+	case OriginalSourceOn:
+		h.OriginalSource = netns.OriginalSourceRequired
+	case OriginalSourceNever:
+		h.OriginalSource = netns.OriginalSourceOff
+	}
+	return h
+}
+
+// serverConfig is that of the admin, metrics and readiness servers.
+type serverConfig struct {
+	admin, stats, readiness BindAddr
+	headerTimeout           time.Duration
+}
+
+func (c *Config) serverConfig() serverConfig {
+	return serverConfig{c.Listeners.Admin, c.Listeners.Stats, c.Listeners.Readiness, c.Timeouts.HTTPHeader}
+}
+
+func logConfig(cfg *Config) zlog.Config {
+	return zlog.Config{JSON: cfg.Log.JSON, Filter: cfg.Log.Filter}
+}

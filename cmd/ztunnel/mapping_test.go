@@ -1,0 +1,120 @@
+package main
+
+import (
+	"fmt"
+	"io/fs"
+	"testing"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+)
+
+// produced is everything that the packages and the process get of a
+// configuration, but for what only a node shows.
+func produced(t *testing.T, cfg *Config) string {
+	t.Helper()
+	trust, err := trustOf(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("%+v\n", []any{
+		stateConfig(cfg), worldConfig(cfg), hboneConfig(cfg), queueLimit(cfg), dataPathConfig(cfg), metricsConfig(cfg), hostConfig(cfg),
+		logConfig(cfg), localCAConfig(cfg, trust), managerConfig(cfg, trust), tlsOptions(cfg, trust), cfg.serverConfig(),
+		cfg.Proxy.TerminationDeadline, cfg.Proxy.WorkerThreads, cfg.Metrics.BuildTag,
+	})
+}
+
+// TestEverySettingIsUsed: each row that claims to have an effect in this build
+// changes what the packages get.
+func TestEverySettingIsUsed(t *testing.T) {
+	read := files(map[string]string{"/world.yaml": "", "/ca": ""})
+	changed := map[string]string{ // a value that is not the default
+		"PROXY_WORKLOAD_INFO": "a/b/c", "NODE_NAME": "x", "NETWORK": "x", "CLUSTER_ID": "x", "ENABLE_RESPONSE_BAGGAGE": "false",
+		"CONNECTION_TERMINATION_DEADLINE": "1m", "TERMINATION_GRACE_PERIOD_SECONDS": "100",
+		"ZTUNNEL_WORKER_THREADS": "777", "concurrency": "777", "ZTUNNEL_RESOURCE_CPU_LIMIT": "777", "ZTUNNEL_RESOURCE_CPU_REQUEST": "777",
+		"ZTUNNEL_CPU_LIMIT": "7777", "ZTUNNEL_MEMORY_LIMIT": "1Gi",
+		"IPV6_ENABLED": "false", "ENABLE_ORIG_SRC": "false", "PACKET_MARK": "7", "KEEPALIVE_ENABLED": "false", "KEEPALIVE_TIME": "1s",
+		"KEEPALIVE_INTERVAL": "1s", "KEEPALIVE_RETRIES": "1", "USER_TIMEOUT_ENABLED": "true",
+		"POOL_MAX_STREAMS_PER_CONNECTION": "7", "POOL_CONNECTIONS_PER_KEY": "7", "POOL_UNUSED_RELEASE_TIMEOUT": "1s", "POOL_MAX_CONNECTION_AGE": "1s",
+		"HBONE_MAX_CONCURRENT_STREAMS": "7", "HTTP2_STREAM_WINDOW_SIZE": "70000", "HTTP2_CONNECTION_WINDOW_SIZE": "70000", "HTTP2_FRAME_SIZE": "20000",
+		"TCP_CONNECT_TIMEOUT": "1s", "HBONE_HANDSHAKE_TIMEOUT": "1s", "HBONE_RESPONSE_TIMEOUT": "1s", "HBONE_IDLE_TIMEOUT": "1s",
+		"HBONE_PING_INTERVAL": "1s", "HBONE_PING_TIMEOUT": "1s", "WORKLOAD_WAIT_TIMEOUT": "1s", "CA_REQUEST_TIMEOUT": "1s", "HTTP_HEADER_TIMEOUT": "1s",
+		"CA_LOCAL_DIR": "/ca", "SECRET_TTL": "1h", "CA_LINGER": "1s", "SVID_VALIDATION": "strict", "DEFAULT_TRUST_DOMAIN": "x", "TRUST_DOMAIN_ALIASES": "x",
+		"LOCAL_XDS_PATH": "/world.yaml", "LOCAL_XDS": "workloads: []",
+		"AUTHZ_POLICY_INFO_LOGGING": "true", "AUTHZ_MISSING_POLICY": "deny", "AUTHZ_FOREIGN_TRUST_DOMAIN": "match",
+		"TLS12_ENABLED": "true", "COMPLIANCE_POLICY": "pqc",
+		"proxyAdminPort": "777", "statsPort": "777", "METRICS_IDLE_TIMEOUT": "1s", "METRICS_MAX_SERIES": "7",
+		"RUST_LOG": "debug", "LOG_FORMAT": "json", "PROXY_CONFIG": "statsPort: 777", "ISTIO_META_ISTIO_VERSION": "x",
+		"ISTIO_META_*": "ISTIO_META_TRUST_DOMAIN_ALIASES=x",
+	}
+	elsewhere := map[string]string{ // why a row does not stand above
+		"ENABLE_PROXY":   "false is refused: TestID_CF04_Validation",
+		"PROXY_MODE":     "shared is refused: TestID_CF04_Validation",
+		"CA_PROVIDER":    "others than local are refused: TestID_CF04_Validation",
+		"XDS_ADDRESS":    "others than the empty one are refused: TestID_CF04_Validation",
+		"FAKE_CA":        "means CA_PROVIDER=local: TestID_CF04_Validation",
+		"TRUST_DOMAIN":   "is shown only: TestID_AD02_ConfigDump",
+		"INPOD_ENABLED":  "has no effect, and says so",
+		"RUST_BACKTRACE": "has no effect, and says so",
+	}
+	for _, g := range configTable {
+		for _, v := range g.vars {
+			text, used := changed[v.name]
+			if _, known := elsewhere[v.name]; v.since != "" && (used || known) || v.since == "" && used == known {
+				t.Errorf("%s (%s): must stand in one of the tables if, and only if, it is available", v.name, v.availability())
+			}
+			if !used {
+				continue
+			}
+			env := v.name + "=" + text
+			switch {
+			case v.field:
+				env = "PROXY_CONFIG=" + v.name + ": " + text
+			case v.prefix:
+				env = text
+			}
+			base := with("-LOCAL_XDS_PATH")
+			was, _, err := Load(base, read)
+			if err != nil {
+				t.Fatal(err)
+			}
+			is, _, err := Load(append([]string{env}, base...), read) // the first wins
+			if err != nil {
+				t.Errorf("%s: %v", env, err)
+				continue
+			}
+			if produced(t, was) == produced(t, is) {
+				t.Errorf("%s changes nothing", env)
+			}
+		}
+	}
+}
+
+// TestMapping: durations of which 0 is special, and what reaches two packages.
+func TestMapping(t *testing.T) {
+	cfg, _, err := Load(with("POOL_UNUSED_RELEASE_TIMEOUT=0s", "CA_LINGER=0s", "METRICS_IDLE_TIMEOUT=0s", "POOL_MAX_CONNECTION_AGE=7s",
+		"CA_REQUEST_TIMEOUT=3s", "SVID_VALIDATION=strict", "HTTP_HEADER_TIMEOUT=9s"), func(string) ([]byte, error) { return nil, fs.ErrNotExist })
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust, err := trustOf(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, signer := dataPathConfig(cfg), localCAConfig(cfg, trust)
+	if data.PoolIdle >= 0 || managerConfig(cfg, trust).Linger >= 0 || metricsConfig(cfg).Idle >= 0 {
+		t.Errorf("0s: pool %v, linger %v, metrics %v; want all negative", data.PoolIdle, managerConfig(cfg, trust).Linger, metricsConfig(cfg).Idle)
+	}
+	if data.PoolMaxAge != cfg.HBONE.PoolMaxAge || data.PoolMaxAge == 0 {
+		t.Errorf("greatest age = %v, want %v", data.PoolMaxAge, cfg.HBONE.PoolMaxAge)
+	}
+	if data.CertificateWait != cfg.CA.RequestTimeout || signer.Poll.Timeout != cfg.CA.RequestTimeout {
+		t.Errorf("request timeout: proxy %v, provider %v, want %v", data.CertificateWait, signer.Poll.Timeout, cfg.CA.RequestTimeout)
+	}
+	for name, got := range map[string]ca.Validation{
+		"provider": signer.Poll.Validation, "manager": managerConfig(cfg, trust).Validation, "tls": tlsOptions(cfg, trust).Validation,
+	} {
+		if got != trust.validation || got == ca.PerAnchor {
+			t.Errorf("validation of the %s = %v, want %v", name, got, trust.validation)
+		}
+	}
+}
