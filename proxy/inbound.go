@@ -28,8 +28,10 @@ type inboundTunnel struct {
 }
 
 // serveInbound runs one HBONE connection (spec/datapath.md §6.1).
-func (p *Proxy) serveInbound(ctx context.Context, conn netns.Conn) (lasting func()) {
-	defer p.cfg.Metrics.socket(reporterDestination)()
+func (p *Proxy) serveInbound(ctx context.Context, conn netns.Conn) *copying {
+	open := p.cfg.Metrics.sockets.WithLabelValues(reporterDestination)
+	open.Inc()
+	defer open.Dec()
 	t := &inboundTunnel{p: p, src: conn.Remote(), dst: conn.Local(), peer: peerOnce()}
 
 	handshake := p.newHandshake(t.src.Addr())
@@ -115,12 +117,11 @@ func (t *inboundTunnel) serve(ctx context.Context, r *hbone.Request) {
 		return
 	}
 	connected = true
-	r.Continue(func(ctx context.Context) {
-		defer release()
-		defer c.abandon(ctx)
-		m := &hbone.Meter{FromSocket: c.sentBytes(), ToSocket: c.receivedBytes()}
-		c.end(ctx, outcomeOf(stream.Pipe(tracked, conn, m), false))
-	})
+	k := &copying{
+		p: p, ctx: tracked, conn: conn, stream: stream, c: c, done: release,
+		meter: hbone.Meter{FromSocket: c.sentBytes(), ToSocket: c.receivedBytes()},
+	}
+	r.Continue(func(context.Context) { k.run() })
 }
 
 // check makes checks 1 to 5: nothing is counted before they have passed.

@@ -130,10 +130,3 @@ func (c *connection) labels(flag string) []string {
 		s.region, s.zone, d.region, d.zone,
 	}
 }
-
-// socket counts one accepted socket as open until the returned function is called.
-func (m *Metrics) socket(reporter string) func() {
-	g := m.sockets.WithLabelValues(reporter)
-	g.Inc()
-	return g.Dec
-}

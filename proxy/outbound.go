@@ -45,12 +45,13 @@ type upstream struct {
 }
 
 // serveOutbound carries one captured connection (spec/datapath.md §4).
-func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (lasting func()) {
+func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (k *copying) {
 	start := time.Now()
-	closed := p.cfg.Metrics.socket(reporterSource)
+	open := p.cfg.Metrics.sockets.WithLabelValues(reporterSource)
+	open.Inc()
 	defer func() {
-		if lasting == nil {
-			closed()
+		if k == nil {
+			open.Dec()
 		}
 	}()
 	src, dst := conn.Remote(), p.originalDst(ctx, conn)
@@ -72,20 +73,11 @@ func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (lasting fun
 		c.end(ctx, connectFailed(err))
 		return nil
 	}
-	return func() {
-		defer closed()
-		defer untrack()
-		defer c.abandon(ctx)
-		c.end(ctx, c.copyOutbound(ctx, conn, up))
+	return &copying{
+		p: p, ctx: ctx, conn: conn, stream: up.stream, peer: up.conn, c: c, outbound: true,
+		meter: hbone.Meter{FromSocket: c.receivedBytes(), ToSocket: c.sentBytes()},
+		done:  func() { untrack(); open.Dec() },
 	}
-}
-
-// copyOutbound carries the bytes. It owns both sides.
-func (c *connection) copyOutbound(ctx context.Context, conn netns.Conn, up upstream) outcome {
-	if up.stream == nil {
-		return pipeTCP(ctx, conn, up.conn, c.receivedBytes(), c.sentBytes())
-	}
-	return outcomeOf(up.stream.Pipe(ctx, conn, &hbone.Meter{FromSocket: c.receivedBytes(), ToSocket: c.sentBytes()}), true)
 }
 
 // originalDst is where the client wanted to go.

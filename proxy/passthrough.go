@@ -12,12 +12,13 @@ import (
 
 // servePassthrough carries one captured plaintext connection to the local
 // workload (spec/datapath.md §7): no identity, but the same policies.
-func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (lasting func()) {
+func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (k *copying) {
 	start := time.Now()
-	closed := p.cfg.Metrics.socket(reporterDestination)
+	open := p.cfg.Metrics.sockets.WithLabelValues(reporterDestination)
+	open.Inc()
 	defer func() {
-		if lasting == nil {
-			closed()
+		if k == nil {
+			open.Dec()
 		}
 	}()
 	src, dst := conn.Remote(), p.originalDst(ctx, conn)
@@ -39,7 +40,7 @@ func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (lasting 
 	rbac := state.Conn{Src: src, Dst: dst, Destination: local}
 	tracked, release := p.tracker.trackInbound(ctx, rbac, "")
 	defer func() {
-		if lasting == nil {
+		if k == nil {
 			c.abandon(ctx)
 			release()
 		}
@@ -50,11 +51,9 @@ func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (lasting 
 		c.end(ctx, dialFailed(tracked, err))
 		return nil
 	}
-	return func() {
-		defer closed()
-		defer release()
-		defer c.abandon(ctx)
-		c.end(ctx, pipeTCP(tracked, conn, up, c.receivedBytes(), c.sentBytes()))
+	return &copying{
+		p: p, ctx: tracked, conn: conn, peer: up, c: c,
+		done: func() { release(); open.Dec() },
 	}
 }
 

@@ -208,10 +208,8 @@ func (p *Proxy) Drain() {
 }
 
 // server serves one accepted connection. What it returns, if anything, is the
-// lasting part, the copying: it runs in a goroutine of its own, so that an idle
-// connection waits on a small stack and not on the one that deciding and
-// connecting has grown.
-type server func(context.Context, netns.Conn) (lasting func())
+// lasting part of it.
+type server func(context.Context, netns.Conn) *copying
 
 // acceptLoop owns the connections that it accepts: it returns when the listener
 // is closed and all of them have ended.
@@ -236,26 +234,28 @@ func (p *Proxy) acceptLoop(ctx context.Context, ln netns.Listener, name string, 
 		}
 		retry.Reset()
 		conns.Go(func() {
-			var lasting func()
-			p.recovered(ctx, conn, name, func() { lasting = serve(ctx, conn) })
-			if lasting != nil {
-				conns.Go(func() { p.recovered(ctx, conn, name, lasting) })
+			if k := p.serveRecovered(ctx, conn, name, serve); k != nil {
+				conns.Go(k.run)
 			}
 		})
 	}
 }
 
-// recovered keeps a panic within its connection (design D21).
-func (p *Proxy) recovered(ctx context.Context, conn netns.Conn, name string, serve func()) {
+// serveRecovered keeps a panic within its connection (design D21).
+func (p *Proxy) serveRecovered(ctx context.Context, conn netns.Conn, name string, serve server) *copying {
 	defer func() {
 		if r := recover(); r != nil {
-			p.cfg.Metrics.panics.Inc()
-			p.log.ErrorContext(ctx, "connection handler panicked", "listener", name,
-				"panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+			p.panicked(ctx, name, r)
 			_ = conn.Abort()
 		}
 	}()
-	serve()
+	return serve(ctx, conn)
+}
+
+func (p *Proxy) panicked(ctx context.Context, where string, value any) {
+	p.cfg.Metrics.panics.Inc()
+	p.log.ErrorContext(ctx, "connection handler panicked", "listener", where,
+		"panic", fmt.Sprint(value), "stack", string(debug.Stack()))
 }
 
 // sleep waits, and is false when ctx ended first.

@@ -306,14 +306,26 @@ func (s *Server) accept(c *conn, req *Request, h Handler, handlers *sync.WaitGro
 			c.handled(req)
 			return
 		}
-		handlers.Go(func() {
-			c.runHandler(req, func(ctx context.Context, r *Request) { r.rest(ctx) })
-			c.handled(req)
-		})
+		handlers.Go(req.runRest)
 	})
 }
 
-// runHandler runs a handler, or the rest of one. A panic ends the request.
+// runRest runs what Continue was given. Its frames lie under an idle stream for
+// as long as that lives: they are few and small.
+func (r *Request) runRest() {
+	defer r.restDone()
+	r.rest(r.ctx)
+}
+
+func (r *Request) restDone() {
+	if v := recover(); v != nil {
+		r.st.c.panicked("handler", v)
+		r.st.Reset(ErrInternal)
+	}
+	r.st.c.handled(r)
+}
+
+// runHandler runs a handler. A panic ends the request.
 func (c *conn) runHandler(req *Request, h Handler) {
 	defer func() {
 		if v := recover(); v != nil {
