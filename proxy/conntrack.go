@@ -48,11 +48,10 @@ func newConntrack() *conntrack {
 }
 
 // trackInbound registers a connection. It must be called before the policies
-// are asked, so that a change between the two is not lost. The returned context
-// ends with ErrPolicyChanged when a later policy denies the connection; release
-// must be called, and may be called twice.
-func (t *conntrack) trackInbound(ctx context.Context, conn state.Conn, host string) (_ context.Context, release func()) {
-	ctx, end := context.WithCancelCause(ctx)
+// are asked, so that a change between the two is not lost. end is called with
+// ErrPolicyChanged when a later policy denies the connection; release must be
+// called, and may be called twice.
+func (t *conntrack) trackInbound(end context.CancelCauseFunc, conn state.Conn, host string) (release func()) {
 	user := &inboundUser{t: t, key: inboundKey{conn.Src, conn.Dst, conn.Identity, host}, end: end}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -62,7 +61,7 @@ func (t *conntrack) trackInbound(ctx context.Context, conn state.Conn, host stri
 		t.inbound[user.key] = user.entry
 	}
 	user.entry.users = append(user.entry.users, user)
-	return ctx, user.release
+	return user.release
 }
 
 func (u *inboundUser) release() {
@@ -80,21 +79,26 @@ func (u *inboundUser) release() {
 			close(entry.gone)
 		}
 	}
-	u.end(nil)
 }
 
-// trackOutbound registers a connection for the dump.
+// trackOutbound registers a connection for the dump. release must be called, and
+// may be called twice.
 func (t *conntrack) trackOutbound(c OutboundConnection) (release func()) {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	t.outbound[c]++
-	t.mu.Unlock()
-	return sync.OnceFunc(func() {
+	released := false
+	return func() {
 		t.mu.Lock()
 		defer t.mu.Unlock()
+		if released {
+			return
+		}
+		released = true
 		if t.outbound[c]--; t.outbound[c] == 0 {
 			delete(t.outbound, c)
 		}
-	})
+	}
 }
 
 // recheck asks denied about every tracked inbound connection and ends those for

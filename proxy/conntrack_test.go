@@ -19,14 +19,21 @@ func trackedConn(port uint16) state.Conn {
 	}
 }
 
+// track is trackInbound with a context that shows the end.
+func (t *conntrack) track(ctx context.Context, c state.Conn, host string) (context.Context, func()) {
+	ctx, end := context.WithCancelCause(ctx)
+	release := t.trackInbound(end, c, host)
+	return ctx, func() { release(); end(nil) }
+}
+
 // C-01: a shared key is one entry; closing it wakes all who wait on it within a
 // second; independent keys are not affected.
 func TestDP_C01_ManagerClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tr := newConntrack()
-		shared1, release1 := tr.trackInbound(t.Context(), trackedConn(1), "")
-		shared2, release2 := tr.trackInbound(t.Context(), trackedConn(1), "")
-		other, release3 := tr.trackInbound(t.Context(), trackedConn(2), "")
+		shared1, release1 := tr.track(t.Context(), trackedConn(1), "")
+		shared2, release2 := tr.track(t.Context(), trackedConn(1), "")
+		other, release3 := tr.track(t.Context(), trackedConn(2), "")
 		defer release3()
 		if n := len(tr.snapshot().Inbound); n != 2 {
 			t.Fatalf("entries = %d, want 2", n)
@@ -65,9 +72,9 @@ func TestDP_C01_ManagerClose(t *testing.T) {
 // C-02: the entry lives until its last user lets go; a second release is harmless.
 func TestDP_C02_ManagerRelease(t *testing.T) {
 	tr := newConntrack()
-	_, release1 := tr.trackInbound(t.Context(), trackedConn(1), "example.com")
-	_, release2 := tr.trackInbound(t.Context(), trackedConn(1), "example.com")
-	_, release3 := tr.trackInbound(t.Context(), trackedConn(1), "other.com")
+	_, release1 := tr.track(t.Context(), trackedConn(1), "example.com")
+	_, release2 := tr.track(t.Context(), trackedConn(1), "example.com")
+	_, release3 := tr.track(t.Context(), trackedConn(1), "other.com")
 	for _, step := range []struct {
 		do   func()
 		want int
@@ -77,7 +84,7 @@ func TestDP_C02_ManagerRelease(t *testing.T) {
 			t.Errorf("entries = %d, want %d", got, step.want)
 		}
 	}
-	ctx, release := tr.trackInbound(t.Context(), trackedConn(1), "example.com")
+	ctx, release := tr.track(t.Context(), trackedConn(1), "example.com")
 	release()
 	if got := context.Cause(ctx); got != context.Canceled {
 		t.Errorf("cause after release = %v, want %v", got, context.Canceled)

@@ -103,7 +103,7 @@ func (t *inboundTunnel) serve(ctx context.Context, r *hbone.Request) {
 	}
 	c := t.connection(r, in)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
-	tracked, release := p.tracker.trackInbound(ctx, in.rbac, in.host)
+	release := p.tracker.trackInbound(r.Cancel, in.rbac, in.host)
 	connected := false
 	defer func() {
 		if !connected {
@@ -111,14 +111,14 @@ func (t *inboundTunnel) serve(ctx context.Context, r *hbone.Request) {
 			release()
 		}
 	}()
-	stream, conn, err := t.connect(tracked, r, in)
+	stream, conn, err := t.connect(ctx, r, in)
 	if err != nil {
-		c.end(ctx, dialFailed(tracked, err))
+		c.end(ctx, dialFailed(ctx, err))
 		return
 	}
 	connected = true
 	k := &copying{
-		p: p, ctx: tracked, conn: conn, stream: stream, c: c, done: release,
+		p: p, ctx: ctx, conn: conn, stream: stream, c: c, done: release,
 		meter: hbone.Meter{FromSocket: c.sentBytes(), ToSocket: c.receivedBytes()},
 	}
 	r.Continue(func(context.Context) { k.run() })

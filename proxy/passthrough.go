@@ -38,7 +38,9 @@ func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (k *copyi
 	c := p.passthroughConnection(src, dst, local)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
 	rbac := state.Conn{Src: src, Dst: dst, Destination: local}
-	tracked, release := p.tracker.trackInbound(ctx, rbac, "")
+	tracked, cut := context.WithCancelCause(ctx)
+	untrack := p.tracker.trackInbound(cut, rbac, "")
+	release := func() { untrack(); cut(nil) }
 	defer func() {
 		if k == nil {
 			c.abandon(ctx)

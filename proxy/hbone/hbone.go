@@ -37,7 +37,8 @@ type Stream interface {
 	// orderly end.
 	Cause() error
 	// Fields are the peer's header fields: of the request on a server's stream,
-	// of the response on a client's. The caller must not change them.
+	// of the response on a client's; none any more after Pipe was called. The
+	// caller must not change them.
 	Fields() []Field
 	// Conn describes the tunnel that carries the stream.
 	Conn() *ConnInfo

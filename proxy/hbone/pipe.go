@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -23,8 +24,9 @@ type pipe struct {
 	m    *Meter
 	to   atomic.Uint64
 
-	delivered chan struct{} // closed when tunnel → socket is over
-	broken    chan struct{} // closed when the socket has failed
+	delivered chan struct{}  // closed when tunnel → socket is over
+	broken    chan struct{}  // closed when the socket has failed
+	cutting   sync.WaitGroup // what the end of the context does
 
 	// Guarded by stream.mu.
 	delivering bool // the reader is in TryWrite
@@ -49,6 +51,7 @@ func (st *stream) Pipe(ctx context.Context, s Socket, m *Meter) Result {
 	}
 	st.piped = true
 	st.pipe = p
+	st.fields = nil // an idle stream keeps what it needs
 	st.wakeReader()
 	gone, discard := st.isGone, st.discard
 	p.draining = st.queue.bytes > 0
@@ -67,16 +70,16 @@ func (st *stream) Pipe(ctx context.Context, s Socket, m *Meter) Result {
 	if gone {
 		p.stopReading()
 	}
-	stopped := make(chan struct{})
+	p.cutting.Add(1)
 	stop := context.AfterFunc(ctx, func() {
-		defer close(stopped)
+		defer p.cutting.Done()
 		st.reset(ErrCancel, context.Cause(ctx))
 		st.c.kick()
 	})
 	from := p.copyIn()
 	<-p.delivered
 	if !stop() {
-		<-stopped
+		p.cutting.Wait()
 	}
 	return p.finish(from)
 }

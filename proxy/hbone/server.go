@@ -34,11 +34,14 @@ type Request struct {
 	rest   func(context.Context) // of Continue
 }
 
+// Cancel ends the handler's context with cause. Safe for concurrent use.
+func (r *Request) Cancel(cause error) { r.cancel(cause) }
+
 // Continue makes the rest of a handler's work run after the handler has
 // returned, in a goroutine of its own that counts as the handler, with the
 // handler's context. What lasts, such as Pipe, waits there on a small stack
 // instead of the one that deciding and connecting has grown. Only the handler may
-// call it, once.
+// call it, once. Fields are gone by then.
 func (r *Request) Continue(rest func(context.Context)) { r.rest = rest }
 
 // The states of a request's handler.
@@ -306,6 +309,7 @@ func (s *Server) accept(c *conn, req *Request, h Handler, handlers *sync.WaitGro
 			c.handled(req)
 			return
 		}
+		req.Fields = nil // an idle stream keeps what it needs
 		handlers.Go(req.runRest)
 	})
 }
