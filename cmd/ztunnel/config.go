@@ -297,6 +297,18 @@ func (e *ConfigError) Error() string {
 // Unwrap gives the single problems.
 func (e *ConfigError) Unwrap() []error { return e.Problems }
 
+// invalid is the error of a variable whose value was found bad when it was used.
+// It shows the value as Settings does.
+func (c *Config) invalid(name string, err error) error {
+	for _, s := range c.settings {
+		if s.Name == name {
+			name += "=" + s.Value
+			break
+		}
+	}
+	return &ConfigError{Problems: []error{fmt.Errorf("invalid env var %s (%w)", name, err)}}
+}
+
 // Load reads the configuration from environ ("NAME=value"), from PROXY_CONFIG
 // in it, and from the mesh file through readFile, which is also asked for the
 // files whose existence decides what a value means. The Config is never nil:

@@ -87,7 +87,7 @@ that a policy denies and why, a certificate rotation, the certificates, and wher
 			if output != "text" && output != "json" {
 				return usageError{fmt.Errorf("--output %q: want text or json", output)}
 			}
-			return runDemo(cmd.Context(), cmd.OutOrStdout(), output == "json", keep)
+			return runDemo(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr(), output == "json", keep)
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
@@ -103,9 +103,10 @@ type demo struct {
 	clientApp      netns.Network
 }
 
-// runDemo plays the demo and writes what it found. An error means that something
+// runDemo plays the demo and writes what it found to out, and what is no part of
+// it to errOut. An error means that something
 // was not as it should be.
-func runDemo(ctx context.Context, out io.Writer, asJSON, keep bool) (err error) {
+func runDemo(ctx context.Context, out, errOut io.Writer, asJSON, keep bool) (err error) {
 	dir, err := os.MkdirTemp("", "ztunnel-demo-")
 	if err != nil {
 		return err
@@ -121,15 +122,22 @@ func runDemo(ctx context.Context, out io.Writer, asJSON, keep bool) (err error) 
 	}
 	ctx, stop := context.WithCancel(ctx)
 	var parts sync.WaitGroup
-	defer parts.Wait()
-	defer stop()
+	failed := make(chan error, 2) // of the nodes
+	defer func() {
+		stop()
+		parts.Wait()
+		close(failed)
+		for failure := range failed {
+			err = errors.Join(err, failure)
+		}
+	}()
 	for _, n := range []*node{d.client, d.server} {
 		if err := n.listen(ctx); err != nil {
 			return err
 		}
 		parts.Go(func() {
 			if err := n.run(ctx); err != nil {
-				fmt.Fprintln(os.Stderr, "demo node:", err)
+				failed <- fmt.Errorf("%s: %w", n.cfg.Proxy.Node, err)
 				stop()
 			}
 		})
@@ -150,7 +158,7 @@ func runDemo(ctx context.Context, out io.Writer, asJSON, keep bool) (err error) 
 		return err
 	}
 	if keep {
-		fmt.Fprintln(os.Stderr, "The demo stays up until it is interrupted.")
+		fmt.Fprintln(errOut, "The demo stays up until it is interrupted.")
 		<-ctx.Done()
 	}
 	if !report.Passed {
@@ -167,7 +175,7 @@ func newDemo(world string) (*demo, error) {
 	if err != nil {
 		return nil, err
 	}
-	make := func(name, nodeName string, addr netip.Addr, out io.Writer) (*node, error) {
+	wire := func(name, nodeName string, addr netip.Addr, out io.Writer) (*node, error) {
 		cfg, _, err := Load([]string{
 			"PROXY_MODE=dedicated", "PROXY_WORKLOAD_INFO=demo/" + name + "/" + name, "NODE_NAME=" + nodeName,
 			"XDS_ADDRESS=", "LOCAL_XDS_PATH=" + world, "CA_PROVIDER=local", "SECRET_TTL=" + demoTTL,
@@ -186,11 +194,11 @@ func newDemo(world string) (*demo, error) {
 		host.Capture(true)
 		return newNode(cfg, nodeParts{network: host.Proxy(), provider: root.Provider(), log: log})
 	}
-	if d.client, err = make("client", "node-1", demoClient, io.Discard); err != nil {
+	if d.client, err = wire("client", "node-1", demoClient, io.Discard); err != nil {
 		return nil, err
 	}
 	d.clientApp = d.fabric.Host(demoClient).App()
-	d.server, err = make("server", "node-2", demoServer, d.serverLog)
+	d.server, err = wire("server", "node-2", demoServer, d.serverLog)
 	return d, err
 }
 

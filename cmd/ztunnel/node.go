@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"sync"
 	"time"
@@ -98,7 +100,8 @@ func registerLog(registry *prometheus.Registry, log *zlog.Log) {
 	}, func() float64 { return float64(log.Dropped()) }))
 }
 
-// loadState fills the store from the local file: a bad one ends the start.
+// loadState fills the store from the local file. That it is bad is an error of the
+// configuration.
 func (n *node) loadState(registry *prometheus.Registry) error {
 	if n.cfg.XDS.LocalPath == "" && n.cfg.XDS.LocalInline == "" {
 		n.app.Warn("no local state: set LOCAL_XDS_PATH or LOCAL_XDS; until then every destination is unknown, and so is the local workload")
@@ -121,8 +124,15 @@ func (n *node) loadState(registry *prometheus.Registry) error {
 	if err != nil {
 		return err
 	}
+	if err := source.Load(); err != nil {
+		name := "LOCAL_XDS"
+		if world.Path != "" {
+			name = "LOCAL_XDS_PATH"
+		}
+		return n.cfg.invalid(name, err)
+	}
 	n.world = source
-	return source.Load()
+	return nil
 }
 
 // watchTunnels adds to the configuration of the tunnels what they share in this
@@ -219,60 +229,105 @@ func (n *node) statsAddr() string { return n.statsLn[0].Addr().String() }
 // errQuit is the cause of a drain that POST /quitquitquit began.
 var errQuit = errors.New("asked to quit by the admin server")
 
-// run serves what listen opened, until ctx ends or the admin server is asked to
-// quit. Then it drains (design §6): not ready, nothing accepted any more, open
-// connections go on until the deadline, and what they need ends after them. The
-// error is the first failure of a part.
-func (n *node) run(ctx context.Context) error {
-	// What the drain still needs outlives ctx.
-	base, fail := context.WithCancelCause(context.WithoutCancel(ctx))
-	var parts sync.WaitGroup
-	defer parts.Wait()
-	defer fail(nil)
-	part := func(ctx context.Context, what string, run func(context.Context) error) {
-		parts.Go(func() {
-			if err := run(ctx); err != nil && ctx.Err() == nil {
-				fail(fmt.Errorf("%s: %w", what, err))
-			}
-		})
-	}
-	probes, notReady := context.WithCancel(base)
-	defer notReady()
-	part(probes, "readiness server", func(ctx context.Context) error { return n.readiness.Serve(ctx, n.readinessLn...) })
-	part(base, "admin server", func(ctx context.Context) error { return n.admin.Serve(ctx, n.adminLn...) })
-	part(base, "stats server", func(ctx context.Context) error { return n.stats.Serve(ctx, n.statsLn...) })
-	part(base, "certificate manager", n.certs.Run)
-	if n.world != nil {
-		part(base, "local state", n.world.Run)
-	}
+// errEnded is the failure of a data path that nobody has asked to end.
+var errEnded = errors.New("ended by itself")
 
+// logPatience is how long after the deadline of the drain a log whose output
+// takes no lines may hold up the end.
+const logPatience = time.Second
+
+// run serves what listen opened, until ctx ends, the admin server is asked to
+// quit, or a part fails. Then it drains (design §6): not ready, nothing accepted
+// any more, open connections go on until the deadline, and what they need ends
+// after them. The error is the first failure of a part.
+func (n *node) run(ctx context.Context) error {
+	// What the drain needs outlives ctx, and the connections outlive a part that
+	// has failed: only the deadline cuts them.
+	base := context.WithoutCancel(ctx)
+	support, stop := context.WithCancel(base)
+	probes, notReady := context.WithCancel(support)
 	data, cut := context.WithCancelCause(base)
+	late := time.AfterFunc(math.MaxInt64, n.releaseLog)
+	defer late.Stop()
 	defer cut(nil)
+	failed := make(chan error, 1)
+	parts := n.startParts(support, probes, failed)
+	defer parts.Wait()
+	defer stop()
+	defer notReady()
 	done := make(chan error, 1)
 	parts.Go(func() { done <- n.proxy.Run(data) })
 	n.proxyReady()
 
-	var failure error
+	var cause, failure error
 	select {
 	case <-ctx.Done():
-		n.app.InfoContext(ctx, "draining", "cause", context.Cause(ctx).Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
+		cause = context.Cause(ctx)
 	case <-n.quit:
-		n.app.InfoContext(ctx, "draining", "cause", errQuit.Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
-	case <-base.Done():
-		failure = context.Cause(base)
+		cause = errQuit
+	case failure = <-failed:
+		cause = failure
+	case err := <-done:
+		failure = fmt.Errorf("data path: %w", cmp.Or(err, errEnded))
+		cause = failure
+		done <- nil
 	}
 	notReady()
 	n.proxy.Drain()
-	timer := time.NewTimer(n.cfg.Proxy.TerminationDeadline)
-	defer timer.Stop()
+	deadline := time.NewTimer(n.cfg.Proxy.TerminationDeadline)
+	defer deadline.Stop()
+	late.Reset(min(n.cfg.Proxy.TerminationDeadline, math.MaxInt64-logPatience) + logPatience)
+	n.app.Info("draining", "cause", cause.Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
+	var err error
 	select {
-	case err := <-done:
-		return errors.Join(failure, err)
-	case <-timer.C:
+	case err = <-done:
+	case <-deadline.C:
+		cut(proxy.ErrDraining)
 		n.app.Warn("drain duration expired with pending connections, forcefully shutting down")
-	case <-base.Done():
-		failure = errors.Join(failure, context.Cause(base))
+		err = <-done
 	}
-	cut(proxy.ErrDraining)
-	return errors.Join(failure, <-done)
+	if failure == nil {
+		select {
+		case failure = <-failed: // during the drain
+		default:
+		}
+	}
+	return cmp.Or(failure, err)
+}
+
+// startParts starts everything but the data path. Each part ends with support,
+// readiness with probes already. failed, which has room for one, gets the first
+// error of a part that ended before.
+func (n *node) startParts(support, probes context.Context, failed chan<- error) *sync.WaitGroup {
+	var parts sync.WaitGroup
+	part := func(ctx context.Context, what string, run func(context.Context) error) {
+		parts.Go(func() {
+			err := run(ctx)
+			if err == nil || ctx.Err() != nil {
+				return
+			}
+			select {
+			case failed <- fmt.Errorf("%s: %w", what, err):
+			default: // not the first
+			}
+			n.app.Error("part failed", "part", what, "error", err.Error())
+		})
+	}
+	part(probes, "readiness server", func(ctx context.Context) error { return n.readiness.Serve(ctx, n.readinessLn...) })
+	part(support, "admin server", func(ctx context.Context) error { return n.admin.Serve(ctx, n.adminLn...) })
+	part(support, "stats server", func(ctx context.Context) error { return n.stats.Serve(ctx, n.statsLn...) })
+	part(support, "certificate manager", n.certs.Run)
+	if n.world != nil {
+		part(support, "local state", n.world.Run)
+	}
+	return &parts
+}
+
+// releaseLog closes the log, so that nobody waits any longer for an output that
+// takes no lines: connections that end, or run itself. Whatever is not over by
+// now hangs.
+func (n *node) releaseLog() {
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = n.log.Close(now) // who owns the log closes it again, and learns of it
 }

@@ -9,7 +9,8 @@ import (
 )
 
 // newProvider makes the certificate provider that the configuration names. It
-// is the only place that knows the backends.
+// is the only place that knows the backends. A directory that does not do is an
+// error of the configuration.
 func newProvider(cfg *Config, log *slog.Logger) (ca.Provider, error) {
 	trust, err := trustOf(cfg)
 	if err != nil {
@@ -19,7 +20,11 @@ func newProvider(cfg *Config, log *slog.Logger) (ca.Provider, error) {
 	case providerLocal:
 		c := localCAConfig(cfg, trust)
 		c.Logger = log
-		return local.New(c)
+		p, err := local.New(c)
+		if err != nil && c.Dir != "" {
+			return nil, cfg.invalid("CA_LOCAL_DIR", err)
+		}
+		return p, err
 	default:
 		return nil, fmt.Errorf("certificate provider %q: want %s", name, providerLocal)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math"
@@ -36,7 +37,9 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 		// The caller's context has ended, and the reason has to be seen.
 		flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), logFlush)
 		defer cancel()
-		err = errors.Join(err, log.Close(flush))
+		if stuck := log.Close(flush); stuck != nil {
+			err = errors.Join(err, fmt.Errorf("write the last log lines: %w", stuck))
+		}
 	}()
 	l := log.Logger().With("component", "app")
 	l.Info(buildInfo().String())
