@@ -68,8 +68,8 @@ func (h *handler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return &c
 }
 
-// Handle implements [slog.Handler]. It waits while the queue is full (see
-// [Config]); ctx does not shorten that, since a line that is given up is lost.
+// Handle implements [slog.Handler]. While the queue is full it waits, but not for
+// an output that stands still (see [Config].Lossy); ctx does not shorten that.
 func (h *handler) Handle(_ context.Context, r slog.Record) error {
 	b := newBuffer()
 	if h.log.json {

@@ -7,10 +7,15 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 // maxBatch is how many lines go into one vectored write.
 const maxBatch = 64
+
+// patience is how long an output may stand still before producers no longer wait
+// for it.
+const patience = time.Second
 
 // maxPooled is the capacity up to which a line's memory is kept for the next.
 const maxPooled = 16 << 10
@@ -39,17 +44,23 @@ type writer struct {
 	lossy bool
 	lost  atomic.Uint64
 
+	start time.Time
+	moved atomic.Int64 // since start: the output last took something, or began to be asked to
+
 	queue   chan *buffer
 	closing sync.Once
 	stop    chan struct{} // closed by close: drain and end
-	done    chan struct{} // closed by run
+	ended   chan struct{} // closed by run: nobody takes from the queue any more
+	done    chan struct{} // closed by run, last
 }
 
 func newWriter(write writeFunc, lossy bool) *writer {
 	w := &writer{
 		write: write, lossy: lossy,
+		start: time.Now(),
 		queue: make(chan *buffer, QueueLines),
 		stop:  make(chan struct{}),
+		ended: make(chan struct{}),
 		done:  make(chan struct{}),
 	}
 	go w.run()
@@ -65,19 +76,70 @@ func (w *writer) put(b *buffer) {
 		return
 	default:
 	}
+	if !w.enqueue(b) {
+		w.drop(b)
+		return
+	}
+	select {
+	case <-w.ended: // it came too late, unnoticed
+		w.discard()
+	default:
+	}
+}
+
+// enqueue reports whether b found a place. It waits for one as long as the output
+// moves, or may move again before its patience ends: then lines are lost, but
+// the connections that log them go on (faults case 128).
+func (w *writer) enqueue(b *buffer) bool {
 	select {
 	case w.queue <- b:
-		return
+		return true
 	default:
 	}
 	if w.lossy {
-		w.drop(b)
-		return
+		return false
 	}
-	select {
-	case w.queue <- b:
-	case <-w.stop:
-		w.drop(b)
+	for {
+		left := patience - w.still()
+		if left <= 0 {
+			return false
+		}
+		timer := time.NewTimer(left)
+		select {
+		case w.queue <- b:
+			timer.Stop()
+			return true
+		case <-w.stop:
+			timer.Stop()
+			return false
+		case <-timer.C: // the output may have moved meanwhile
+		}
+	}
+}
+
+// still is how long the output has taken nothing of what it was given.
+func (w *writer) still() time.Duration { return time.Since(w.start) - time.Duration(w.moved.Load()) }
+
+func (w *writer) move() { w.moved.Store(int64(time.Since(w.start))) }
+
+// tracked is w.write with a note of its progress.
+func (w *writer) tracked(vector [][]byte) (int, error) {
+	n, err := w.write(vector)
+	if n > 0 {
+		w.move()
+	}
+	return n, err
+}
+
+// discard counts as lost what is in the queue.
+func (w *writer) discard() {
+	for {
+		select {
+		case b := <-w.queue:
+			w.drop(b)
+		default:
+			return
+		}
 	}
 }
 
@@ -98,6 +160,9 @@ func (w *writer) close(ctx context.Context) error {
 
 func (w *writer) run() {
 	defer close(w.done)
+	// A line that is queued while run ends is seen here or by its producer.
+	defer w.discard()
+	defer close(w.ended)
 	lines := make([]*buffer, 0, maxBatch)
 	vector := make([][]byte, 0, maxBatch)
 	for {
@@ -116,7 +181,8 @@ func (w *writer) run() {
 		for _, b := range lines {
 			vector = append(vector, b.b)
 		}
-		if left := writeAll(w.write, vector); left > 0 {
+		w.move() // before this the output had nothing to take
+		if left := writeAll(w.tracked, vector); left > 0 {
 			w.lost.Add(uint64(left))
 		}
 		for _, b := range lines {

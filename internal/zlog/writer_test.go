@@ -76,6 +76,119 @@ func TestDP_X06_BackpressureBlocks(t *testing.T) {
 	})
 }
 
+// Case 128: an output that nobody reads does not stop those who log.
+func TestCase128_OutputStandsStill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		out := &gate{open: make(chan struct{})}
+		w := newWriter(joined(out), false)
+		w.put(line(0))
+		synctest.Wait()             // the writer holds line 0
+		for i := range QueueLines { // no waiting: they fit
+			w.put(line(i + 1))
+		}
+		start := time.Now()
+		var producers sync.WaitGroup
+		for range 4 {
+			producers.Go(func() {
+				for i := range 5 {
+					w.put(line(i))
+				}
+			})
+		}
+		producers.Wait()
+		if got := time.Since(start); got != patience {
+			t.Errorf("the producers waited for %v, want %v for all lines together", got, patience)
+		}
+		if got := w.dropped(); got != 20 {
+			t.Errorf("got %d dropped lines, want 20", got)
+		}
+		close(out.open)
+		synctest.Wait()
+		for i := range 3 * QueueLines {
+			w.put(line(QueueLines + 1 + i))
+		}
+		if err := w.close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if out.String() != lines(4*QueueLines+1) || w.dropped() != 20 {
+			t.Errorf("lines were lost after the output moved again; %d dropped", w.dropped())
+		}
+	})
+}
+
+// An idle output is no output that stands still.
+func TestCase128_IdleThenFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		out := &gate{open: make(chan struct{})}
+		w := newWriter(joined(out), false)
+		<-time.After(time.Hour)
+		time.AfterFunc(patience-time.Millisecond, func() { close(out.open) })
+		const n = QueueLines + 3*maxBatch
+		for i := range n {
+			w.put(line(i))
+		}
+		if err := w.close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if out.String() != lines(n) || w.dropped() != 0 {
+			t.Errorf("lines were lost; %d dropped", w.dropped())
+		}
+	})
+}
+
+// An output that is slow but moves loses nothing.
+func TestDP_X06_SlowOutput(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		w := newWriter(func(vector [][]byte) (int, error) {
+			<-time.After(patience - time.Millisecond)
+			return joined(&out)(vector)
+		}, false)
+		const n = 2 * QueueLines
+		var producers sync.WaitGroup
+		for range 8 {
+			producers.Go(func() {
+				for range n / 8 {
+					w.put(line(1))
+				}
+			})
+		}
+		producers.Wait()
+		if err := w.close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Count(out.String(), "line 1\n"); got != n || w.dropped() != 0 {
+			t.Errorf("got %d of %d lines; %d dropped", got, n, w.dropped())
+		}
+	})
+}
+
+// Each line that meets the end of the log is written or counted.
+func TestCloseLosesNoCount(t *testing.T) {
+	for range 200 {
+		var out bytes.Buffer
+		w := newWriter(joined(&out), false)
+		start := make(chan struct{})
+		var producers sync.WaitGroup
+		for range 8 {
+			producers.Go(func() {
+				<-start
+				for i := range 40 {
+					w.put(line(i))
+				}
+			})
+		}
+		close(start)
+		if err := w.close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		producers.Wait()
+		if got := strings.Count(out.String(), "\n") + int(w.dropped()); got != 320 {
+			t.Fatalf("%d of 320 lines were written or counted", got)
+		}
+	}
+}
+
 func TestDP_X06_LossyCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		out := &gate{open: make(chan struct{})}

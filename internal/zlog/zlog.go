@@ -1,6 +1,12 @@
 // Package zlog renders log/slog records in the two formats that ztunnel's users
 // parse, filters them by target as RUST_LOG does, and writes them to one output
-// without losing or reordering lines.
+// in order.
+//
+// An output that is slow loses no lines: their producers wait. One that has
+// taken nothing for a second, such as a pipe that nobody reads, no longer holds
+// them up: lines that find the queue full are dropped and counted, until it takes
+// something again. Lines are written in batches of up to 64 by one call each, so
+// an output counts as slow while it finishes one batch a second.
 //
 // A logger's target comes from the attribute "component" that is attached with
 // [slog.Logger.With]: With("component", "proxy::inbound") logs for the target
@@ -24,7 +30,7 @@ const LevelTrace = slog.Level(-8)
 // levelOff is above every level a record can have.
 const levelOff = slog.Level(1 << 20)
 
-// QueueLines is how many lines wait for the output before producers block.
+// QueueLines is how many lines wait for the output before producers wait too.
 const QueueLines = 10_000
 
 // Config says where the lines go and which.
@@ -36,8 +42,9 @@ type Config struct {
 	JSON bool
 	// Filter is a filter in RUST_LOG syntax; "" means "info".
 	Filter string
-	// Lossy drops lines that find the queue full, and counts them, instead of
-	// making their producers wait.
+	// Lossy drops lines that find the queue full, and counts them, at once. By
+	// default producers wait for room, but together no longer than a second since
+	// the output last moved.
 	Lossy bool
 	// Sync writes each line before the log call returns, without a queue or a
 	// goroutine. For commands and tests.
@@ -146,8 +153,8 @@ func (l *Log) Extend(levels string, reset bool) error {
 	return nil
 }
 
-// Dropped is how many lines were lost: to a full queue of a lossy log, to a
-// failed write, or because they came after Close.
+// Dropped is how many lines were lost: to a full queue of a lossy log or of one
+// whose output stands still, to a failed write, or because they came after Close.
 func (l *Log) Dropped() uint64 { return l.out.dropped() }
 
 // Close writes what is queued and ends the writer. It waits until ctx ends; if
