@@ -103,6 +103,18 @@ func appendAny(b []byte, x any) (_ []byte, bare bool) {
 	if r := reflect.ValueOf(x); r.Kind() == reflect.Pointer && r.IsNil() {
 		return append(b, "nil"...), true // its methods may not expect that
 	}
+	return appendByMethod(b, x)
+}
+
+// appendByMethod renders x as its type says. A method that panics costs its
+// value, not the goroutine that logs.
+func appendByMethod(b []byte, x any) (out []byte, bare bool) {
+	start := len(b)
+	defer func() {
+		if p := recover(); p != nil {
+			out, bare = fmt.Appendf(b[:start], "!PANIC(%v)", p), false
+		}
+	}()
 	switch x := x.(type) {
 	case error:
 		return append(b, x.Error()...), false
@@ -123,7 +135,7 @@ func appendAny(b []byte, x any) (_ []byte, bare bool) {
 // isBare reports whether text without quotes can be told from its neighbours.
 func isBare(text []byte) bool {
 	for _, c := range text {
-		if c <= ' ' || c == '"' || c == '\\' || c >= 0x7f {
+		if c <= ' ' || c == '"' || c == '=' || c == '\\' || c >= 0x7f {
 			return false
 		}
 	}

@@ -132,7 +132,7 @@ func (h *handler) appendJSON(b []byte, r *slog.Record) []byte {
 func (h *handler) appendSpan(b []byte, s *span) []byte {
 	if h.log.json {
 		b = append(b, ',')
-		b = appendJSONString(b, s.name)
+		b = appendJSONKey(b, s.name)
 		b = append(b, ':', '{')
 		start := len(b)
 		for _, a := range s.attrs {
@@ -175,7 +175,7 @@ func (h *handler) appendAttr(b []byte, start int, prefix string, a slog.Attr) []
 			b = append(b, ',')
 		}
 		if prefix == "" {
-			b = appendJSONString(b, a.Key)
+			b = appendJSONKey(b, a.Key)
 		} else {
 			b = appendJSONString(b, prefix+a.Key)
 		}
@@ -185,10 +185,20 @@ func (h *handler) appendAttr(b []byte, start int, prefix string, a slog.Attr) []
 	if len(b) > start {
 		b = append(b, ' ')
 	}
-	b = append(b, prefix...)
+	b = appendEscaped(b, prefix)
 	b = appendEscaped(b, a.Key)
 	b = append(b, '=')
 	return appendTextValue(b, v)
+}
+
+// appendJSONKey renders the key of an attribute or a span. The keys of the line
+// itself are not to be had: JSON readers differ in which of two equal keys wins.
+func appendJSONKey(b []byte, key string) []byte {
+	switch key {
+	case "level", "time", "scope", "message":
+		key = "attr." + key
+	}
+	return appendJSONString(b, key)
 }
 
 func appendTime(b []byte, t time.Time) []byte {

@@ -131,6 +131,63 @@ func TestDP_15_1_AccessLine(t *testing.T) {
 	})
 }
 
+type panics struct{}
+
+func (panics) String() string { panic("boom") }
+
+type panicsText struct{}
+
+func (panicsText) MarshalText() ([]byte, error) { panic(errors.New("no text")) }
+
+type panicsError struct{}
+
+func (panicsError) Error() string { panic("no error") }
+
+type panicsValue struct{}
+
+func (panicsValue) LogValue() slog.Value { panic("no value") }
+
+// A value whose method panics costs only itself.
+func TestPanickingValues(t *testing.T) {
+	l, out := testLog(t, Config{})
+	l.Logger().Info("m", "a", panics{}, "b", panicsText{}, "c", panicsError{}, "d", 1)
+	if want := "\ta=\"!PANIC(boom)\" b=\"!PANIC(no text)\" c=\"!PANIC(no error)\" d=1\n"; !strings.HasSuffix(out.String(), want) {
+		t.Errorf("got %q, want it to end with %q", out, want)
+	}
+	l.Logger().With("e", panicsValue{}).Info("m")
+	if !strings.Contains(out.String(), "panicked") {
+		t.Errorf("got %q, want a word about LogValue", out)
+	}
+}
+
+// Nothing that stands bare reads like another field.
+func TestBareValues(t *testing.T) {
+	l, out := testLog(t, Config{})
+	l.Logger().WithGroup("g\n").Info("m", "a", id("x error=\"f\""), "b", id("c=d"), "e", id("f"), "g", id(`h"`), "i", id(""))
+	want := `g\n.a="x error=\"f\"" g\n.b="c=d" g\n.e=f g\n.g="h\"" g\n.i=""` + "\n"
+	if !strings.HasSuffix(out.String(), "\t"+want) {
+		t.Errorf("got %q, want it to end with %q", out, want)
+	}
+}
+
+// No attribute and no span takes the place of the line's own keys.
+func TestJSONKeysAreUnique(t *testing.T) {
+	l, out := testLog(t, Config{JSON: true})
+	log := l.Logger().With("level", "fake")
+	Span(log, "scope").Info("real", "time", 1, slog.Group("", "message", "fake"), slog.Group("g", "message", 2))
+	for _, key := range []string{"level", "time", "scope", "message"} {
+		if n := strings.Count(out.String(), `"`+key+`":`); n != 1 {
+			t.Errorf("%s has the key %q %d times", out, key, n)
+		}
+		if n := strings.Count(out.String(), `"attr.`+key+`":`); n != 1 {
+			t.Errorf("%s has the key %q %d times", out, "attr."+key, n)
+		}
+	}
+	if !strings.Contains(out.String(), `"message":"real"`) || !strings.Contains(out.String(), `"g.message":2`) {
+		t.Errorf("got %s", out)
+	}
+}
+
 func TestSpanIsGroupElsewhere(t *testing.T) {
 	var out bytes.Buffer
 	Span(slog.New(slog.NewJSONHandler(&out, nil)), "proxy", slog.String("wl", "a/b")).Info("m")

@@ -11,7 +11,9 @@
 // A logger's target comes from the attribute "component" that is attached with
 // [slog.Logger.With]: With("component", "proxy::inbound") logs for the target
 // ztunnel::proxy::inbound. The one target outside of that tree is "access". The
-// text format leaves the ztunnel:: prefix out, JSON keeps it.
+// text format leaves the ztunnel:: prefix out, JSON keeps it. In JSON, attributes
+// and spans named level, time, scope or message get the prefix "attr.": those keys
+// are the line's own.
 package zlog
 
 import (
