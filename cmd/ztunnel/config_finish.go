@@ -168,7 +168,7 @@ func (l *loader) finishWorkload() {
 	}
 	if _, err := ca.NewIdentity(td, w.Namespace, w.ServiceAccount); err != nil {
 		l.problem(l.values["PROXY_WORKLOAD_INFO"], false,
-			fmt.Errorf("%w; namespace and service account must be of letters, digits, dots, dashes and underscores, and not . or ..", err))
+			fmt.Errorf("%w; namespace and service account must be of letters, digits, dots, dashes and underscores, and not . or .. alone", err))
 	}
 }
 
