@@ -35,6 +35,8 @@ type tcpPipe struct {
 	sent     *atomic.Uint64
 	received *atomic.Uint64
 
+	ended atomic.Int32 // directions that ended in order
+
 	toUp, toDown half // written by copyOut and copyIn, read when both have ended
 }
 
@@ -68,10 +70,10 @@ func pipeTCP(ctx context.Context, down, up netns.Conn, toUp, toDown *atomic.Uint
 }
 
 // copyOut carries down → up.
-func (p *tcpPipe) copyOut() { p.toUp = copyHalf(p.up, p.down, p.received) }
+func (p *tcpPipe) copyOut() { p.toUp = p.copyHalf(p.up, p.down, p.received) }
 
 // copyIn carries up → down.
-func (p *tcpPipe) copyIn() { p.toDown = copyHalf(p.down, p.up, p.sent) }
+func (p *tcpPipe) copyIn() { p.toDown = p.copyHalf(p.down, p.up, p.sent) }
 
 // verdict says how the connection ended. A reset is the application's own act,
 // not an error; the direction that it ended may also show as a failed copy of
@@ -101,8 +103,9 @@ func (h half) resetBy(reader, writer resetSide) resetSide {
 }
 
 // copyHalf copies one direction to its end, and passes the end on: FIN for EOF,
-// RST for a failure of either side.
-func copyHalf(dst, src netns.Conn, count *atomic.Uint64) half {
+// RST for a failure of either side. The last direction to end leaves the FIN to
+// the Close that follows.
+func (p *tcpPipe) copyHalf(dst, src netns.Conn, count *atomic.Uint64) half {
 	h := half{}
 	h.op, h.err = copyAll(dst, src, func(n int64) {
 		h.bytes += uint64(n)
@@ -111,7 +114,7 @@ func copyHalf(dst, src netns.Conn, count *atomic.Uint64) half {
 	switch {
 	case h.err != nil:
 		_, _ = dst.Abort(), src.Abort()
-	default:
+	case p.ended.Add(1) == 1:
 		// The other side may be gone already; then its own direction says so.
 		_ = dst.CloseWrite()
 	}

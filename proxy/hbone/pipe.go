@@ -32,6 +32,7 @@ type pipe struct {
 	delivering bool // the reader is in TryWrite
 	draining   bool // the drainer runs
 	over       bool // delivered is closed, or about to be
+	ended      bool // the application has sent FIN
 	sockErr    *SocketError
 }
 
@@ -158,6 +159,9 @@ func (p *pipe) copyIn() (from uint64) {
 		switch {
 		case isClosed(st.gone), isClosed(p.broken):
 		case errors.Is(err, io.EOF):
+			st.mu.Lock()
+			p.ended = true
+			st.mu.Unlock()
 			_ = st.CloseWrite() // never fails
 		default:
 			p.broke("read", err)
@@ -330,10 +334,13 @@ func (p *pipe) settle() bool {
 // endDelivery passes the end of the stream to the socket.
 func (p *pipe) endDelivery() {
 	p.st.mu.Lock()
-	failed := !p.st.eof
+	failed, ended := !p.st.eof, p.ended
 	p.st.mu.Unlock()
 	if failed {
 		_ = p.sock.Abort()
+	} else if ended {
+		// Both directions are over: the Close that follows sends FIN just as well,
+		// and saves a system call.
 	} else if err := p.sock.CloseWrite(); err != nil && !errors.Is(err, syscall.ENOTCONN) && !errors.Is(err, net.ErrClosed) {
 		p.broke("close", err)
 	}
