@@ -11,15 +11,16 @@ import (
 	"time"
 )
 
-// dumpTimeout bounds the functions that return the sections of the dump.
+// dumpTimeout bounds Config.Dump.
 const dumpTimeout = 10 * time.Second
 
 // Config is what the admin server shows and changes.
 type Config struct {
-	// Sections are the top keys of /config_dump. A function returns a value that
-	// encoding/json can encode, or a json.RawMessage. It may be called
-	// concurrently. An error makes the answer a 500 with its text.
-	Sections map[string]func(context.Context) (any, error)
+	// Dump returns the top keys of /config_dump, all of one moment, with values
+	// that encoding/json can encode, or json.RawMessage. It may be called
+	// concurrently. An error makes the answer a 500 with its text. nil means no
+	// keys.
+	Dump func(context.Context) (map[string]any, error)
 	// Levels are the log levels behind /logging; nil answers that there are none.
 	Levels Levels
 	// Quit asks the process to end, on POST /quitquitquit. It must not block. nil
@@ -53,12 +54,15 @@ type Page struct {
 	Handler http.Handler
 }
 
-// New returns the admin server. The error names a page whose path is not
+// New returns the admin server. It answers only requests that name it as their
+// host: localhost, ztunnel, a loopback address, or the address at which they came
+// in. Of browsers it takes those that change something only from its own pages.
+// The error names a page whose path is not
 // absolute or taken.
 func New(cfg Config) (*Server, error) {
 	pages := append(profilePages(),
 		Page{"/quitquitquit", "shut down the server (POST)", quit(cfg.Quit)},
-		Page{"/config_dump", "dump the current configuration and state", dump(cfg.Sections)},
+		Page{"/config_dump", "dump the current configuration and state", dump(cfg.Dump)},
 		Page{"/logging", "query or change the log levels (POST)", logging(cfg.Levels)},
 		goroutinePage(),
 	)
@@ -123,19 +127,18 @@ func quit(trigger func()) http.HandlerFunc {
 	}
 }
 
-func dump(sections map[string]func(context.Context) (any, error)) http.HandlerFunc {
+func dump(sections func(context.Context) (map[string]any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		// A client that has closed its sending side is answered, hence not r.Context().
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), dumpTimeout)
 		defer cancel()
-		values := make(map[string]any, len(sections))
-		for name, section := range sections {
-			v, err := section(ctx)
-			if err != nil {
-				text(w, http.StatusInternalServerError, fmt.Sprintf("dump %s: %v", name, err))
+		var values map[string]any
+		if sections != nil {
+			var err error
+			if values, err = sections(ctx); err != nil {
+				text(w, http.StatusInternalServerError, fmt.Sprintf("dump: %v", err))
 				return
 			}
-			values[name] = v
 		}
 		body, err := EncodeDump(values)
 		if err != nil {

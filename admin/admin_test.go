@@ -125,9 +125,11 @@ func TestID_AD03_ChangeLogLevel(t *testing.T) {
 func TestID_4_2_Endpoints(t *testing.T) {
 	quits := 0
 	s := newAdmin(t, Config{
-		Quit:     func() { quits++ },
-		Sections: map[string]func(context.Context) (any, error){"version": func(context.Context) (any, error) { return map[string]string{"version": "1"}, nil }},
-		Pages:    []Page{{"/xds", "state of <xDS>", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { text(w, 200, "xds\n") })}},
+		Quit: func() { quits++ },
+		Dump: func(context.Context) (map[string]any, error) {
+			return map[string]any{"version": map[string]string{"version": "1"}}, nil
+		},
+		Pages: []Page{{"/xds", "state of <xDS>", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { text(w, 200, "xds\n") })}},
 	})
 	const plain = "text/plain; charset=utf-8"
 	tests := []struct {
@@ -179,7 +181,7 @@ func TestID_4_2_Endpoints(t *testing.T) {
 	}
 }
 
-// Case 128 k: what changes something is safe from web pages.
+// Case 128 k: whatever this server has is safe from web pages (DNS rebinding).
 func TestHostCheck(t *testing.T) {
 	quits := 0
 	s := newAdmin(t, Config{Quit: func() { quits++ }})
@@ -188,8 +190,8 @@ func TestHostCheck(t *testing.T) {
 		ok   bool
 	}{
 		{"localhost", true}, {"LocalHost:15000", true}, {"127.0.0.1:15000", true}, {"127.8.8.8", true}, {"[::1]:15000", true}, {"[::1]", true},
-		{"", true}, {"[::ffff:127.0.0.1]:1", true},
-		{"evil.example", false}, {"evil.example:15000", false}, {"localhost.evil.example", false}, {"10.0.0.1:15000", false}, {"127.0.0.1.evil.example", false}, {"[::2]", false},
+		{"", true}, {"[::ffff:127.0.0.1]:1", true}, {"localhost:34567", true}, {"ztunnel", true}, {"ztunnel:15000", true},
+		{"evil.example", false}, {"evil.example:15000", false}, {"localhost.evil.example", false}, {"10.0.0.1:15000", false}, {"127.0.0.1.evil.example", false}, {"[::2]", false}, {"ztunnel.evil.example", false},
 	}
 	want := 0
 	for _, tt := range tests {
@@ -199,6 +201,13 @@ func TestHostCheck(t *testing.T) {
 		}
 		if got := resp.StatusCode == 200; got != tt.ok || !tt.ok && resp.StatusCode != http.StatusForbidden {
 			t.Errorf("host %q: got status %d, want it accepted: %t", tt.host, resp.StatusCode, tt.ok)
+		}
+		for _, method := range []string{"GET", "HEAD", "OPTIONS"} {
+			for _, path := range []string{"/config_dump", "/debug/pprof/heap", "/nothing"} {
+				if got := do(s, method, path, "Host", tt.host).StatusCode != http.StatusForbidden; got != tt.ok {
+					t.Errorf("%s %s of host %q: accepted %t, want %t", method, path, tt.host, got, tt.ok)
+				}
+			}
 		}
 	}
 	if quits != want {
@@ -218,19 +227,52 @@ func TestHostCheck(t *testing.T) {
 	}
 }
 
+// A page of another site can send requests to a name of ours, and browsers say so.
+func TestCrossOrigin(t *testing.T) {
+	quits := 0
+	s := newAdmin(t, Config{Quit: func() { quits++ }})
+	tests := []struct {
+		name, method, target string
+		header               []string
+		status               int
+	}{
+		{"curl", "POST", "/quitquitquit", nil, 200},
+		{"own page", "POST", "/quitquitquit", []string{"Origin", "http://localhost:15000", "Sec-Fetch-Site", "same-origin"}, 200},
+		{"typed by the user", "POST", "/quitquitquit", []string{"Sec-Fetch-Site", "none"}, 200},
+		{"other site", "POST", "/quitquitquit", []string{"Origin", "https://evil.example", "Sec-Fetch-Site", "cross-site"}, 403},
+		{"other port", "POST", "/quitquitquit", []string{"Origin", "http://localhost:8080", "Sec-Fetch-Site", "same-site"}, 403},
+		{"older browser", "POST", "/quitquitquit", []string{"Origin", "https://evil.example"}, 403},
+		{"opaque origin", "POST", "/logging", []string{"Origin", "null"}, 403},
+		{"link from another site", "GET", "/config_dump", []string{"Sec-Fetch-Site", "cross-site"}, 200},
+	}
+	want := 0
+	for _, tt := range tests {
+		if got := do(s, tt.method, tt.target, tt.header...).StatusCode; got != tt.status {
+			t.Errorf("%s: got %d, want %d", tt.name, got, tt.status)
+		}
+		if tt.method == "POST" && tt.status == 200 {
+			want++
+		}
+	}
+	if quits != want {
+		t.Errorf("got %d shutdowns, want %d", quits, want)
+	}
+}
+
 func TestDumpError(t *testing.T) {
-	s := newAdmin(t, Config{Sections: map[string]func(context.Context) (any, error){
-		"config": func(context.Context) (any, error) { return nil, errors.New("no config") },
-	}})
+	s := newAdmin(t, Config{Dump: func(context.Context) (map[string]any, error) { return nil, errors.New("no config") }})
 	resp := do(s, "GET", "/config_dump")
-	if got, want := body(t, resp), "dump config: no config"; got != want || resp.StatusCode != 500 {
+	if got, want := body(t, resp), "dump: no config"; got != want || resp.StatusCode != 500 {
 		t.Errorf("got %d %q, want 500 %q", resp.StatusCode, got, want)
 	}
-	s = newAdmin(t, Config{Sections: map[string]func(context.Context) (any, error){
-		"config": func(context.Context) (any, error) { return make(chan int), nil },
+	s = newAdmin(t, Config{Dump: func(context.Context) (map[string]any, error) {
+		return map[string]any{"config": make(chan int)}, nil
 	}})
 	if resp := do(s, "GET", "/config_dump"); resp.StatusCode != 500 {
 		t.Errorf("a value without JSON: got %d, want 500", resp.StatusCode)
+	}
+	if got := body(t, do(newAdmin(t, Config{}), "GET", "/config_dump")); got != "{}" {
+		t.Errorf("without Dump: got %q, want {}", got)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -130,43 +129,4 @@ func pem60(der []byte) []byte {
 	}
 	b.WriteString("-----END CERTIFICATE-----\n")
 	return b.Bytes()
-}
-
-// Duration is a duration in the section "config": {"nanos":0,"secs":300}.
-type Duration time.Duration
-
-// MarshalJSON implements [json.Marshaler].
-func (d Duration) MarshalJSON() ([]byte, error) {
-	secs, nanos := int64(d)/int64(time.Second), int64(d)%int64(time.Second)
-	return fmt.Appendf(nil, `{"nanos":%d,"secs":%d}`, nanos, secs), nil
-}
-
-// Localhost is a bind address on the loopback interface in the section "config":
-// {"Localhost":[true,15000]}.
-type Localhost struct {
-	IPv6 bool // also on ::1
-	Port uint16
-}
-
-// MarshalJSON implements [json.Marshaler].
-func (l Localhost) MarshalJSON() ([]byte, error) {
-	return fmt.Appendf(nil, `{"Localhost":[%t,%d]}`, l.IPv6, l.Port), nil
-}
-
-// SocketAddr is a bind address in the section "config":
-// {"SocketAddr":"[::]:15020"}.
-type SocketAddr netip.AddrPort
-
-// MarshalJSON implements [json.Marshaler].
-func (a SocketAddr) MarshalJSON() ([]byte, error) {
-	return fmt.Appendf(nil, `{"SocketAddr":%q}`, netip.AddrPort(a).String()), nil
-}
-
-// File is a certificate file in the section "config": {"File":"/path"}. The
-// other sources of one are the plain strings "Static" and "Default".
-type File string
-
-// MarshalJSON implements [json.Marshaler].
-func (f File) MarshalJSON() ([]byte, error) {
-	return json.Marshal(map[string]string{"File": string(f)})
 }

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"math/big"
-	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -79,11 +78,11 @@ func TestID_AD02_Dump(t *testing.T) {
 		"workloads": []workload{{Name: "a<b>&c", Waypoint: gateway{15008, "defaultnw/127.0.0.10"}, Capacity: 1<<64 - 1}},
 		"services":  json.RawMessage(`[{"b":1.50,"a":{}}]`),
 		"config": map[string]any{
-			"adminAddr":   Localhost{IPv6: true, Port: 15000},
-			"statsAddr":   SocketAddr(netip.MustParseAddrPort("[::]:15020")),
-			"secretTtl":   Duration(24 * time.Hour),
-			"interval":    Duration(1500 * time.Millisecond),
-			"caRootCert":  File("./var/run/secrets/istio/root-cert.pem"),
+			"adminAddr":   map[string]any{"Localhost": []any{true, 15000}},
+			"statsAddr":   map[string]any{"SocketAddr": "[::]:15020"},
+			"secretTtl":   map[string]int{"secs": 86400, "nanos": 0},
+			"interval":    map[string]int{"secs": 1, "nanos": 500000000},
+			"caRootCert":  map[string]string{"File": "./var/run/secrets/istio/root-cert.pem"},
 			"xdsRootCert": "Default",
 			"crlPath":     nil,
 			"caHeaders":   [][2]string{{"header_baz", "baz"}},

@@ -25,6 +25,7 @@ const (
 
 	headerTimeout  = 2 * time.Second
 	requestTimeout = 10 * time.Second // header and body
+	promptTimeout  = 10 * time.Second // of answers that are quick: see prompt
 	idleTimeout    = 2 * time.Minute
 	// The longest answer is a CPU profile.
 	responseTimeout = maxProfileSeconds*time.Second + 30*time.Second
@@ -137,19 +138,27 @@ func (m routes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h(w, r)
 }
 
-// guard refuses requests that could change something unless they name this
-// server as their host: a web page that has its own name point to 127.0.0.1
-// (DNS rebinding) still sends that name.
+// guard keeps web pages out of the admin server. One that has its own name point
+// to 127.0.0.1 (DNS rebinding) could read the dump and the profiles, but still
+// sends that name. One that knows this server's own name cannot read answers,
+// but could send requests that change something; browsers mark those.
 func guard(next http.Handler) http.Handler {
+	origins := http.NewCrossOriginProtection()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet && r.Method != http.MethodHead && !ownHost(r) {
+		if !ownHost(r) {
 			text(w, http.StatusForbidden, fmt.Sprintf("host %q is not this server: use localhost, a loopback address or the address that it listens on\n", r.Host))
+			return
+		}
+		if err := origins.Check(r); err != nil {
+			text(w, http.StatusForbidden, err.Error()+"\n")
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
+// ownHost reports whether r names this server. The name ztunnel is that of
+// clients that found it without a name.
 func ownHost(r *http.Request) bool {
 	if r.Host == "" {
 		return true
@@ -164,7 +173,7 @@ func ownHost(r *http.Request) bool {
 	} else {
 		host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
 	}
-	if strings.EqualFold(host, "localhost") {
+	if strings.EqualFold(host, "localhost") || host == "ztunnel" {
 		return true
 	}
 	ip, err := netip.ParseAddr(host)
@@ -177,6 +186,21 @@ func ownHost(r *http.Request) bool {
 	}
 	tcp, ok := local.(*net.TCPAddr)
 	return ok && tcp.AddrPort().Addr().Unmap() == ip
+}
+
+// prompt bounds the time in which a client must take what next answers.
+func prompt(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		expectRead(w)
+		next.ServeHTTP(w, r)
+	})
+}
+
+// expectRead gives the client promptTimeout from now to take the answer. After
+// that its connection is closed.
+func expectRead(w http.ResponseWriter) {
+	// Only a ResponseWriter that is no connection has no deadline.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(promptTimeout))
 }
 
 func text(w http.ResponseWriter, status int, body string) {

@@ -10,23 +10,21 @@ import (
 	"github.com/ztunnel-go/ztunnel/state"
 )
 
-// dumpSections are the top keys of /config_dump (spec/identity-admin-inpod.md
-// §4.3). What only we have stands under ztunnelGo (design D26).
-func (n *node) dumpSections() map[string]func(context.Context) (any, error) {
-	snapshot := func(section func() any) func(context.Context) (any, error) {
-		return func(context.Context) (any, error) { return section(), nil }
-	}
-	return map[string]func(context.Context) (any, error){
-		"certificates":   snapshot(func() any { return dumpCertificates(n.certs.Snapshot()) }),
-		"config":         snapshot(func() any { return n.cfg.Dump() }),
-		"policies":       snapshot(func() any { return n.store.Dump().Policies }),
-		"services":       snapshot(func() any { return n.store.Dump().Services }),
-		"stagedServices": snapshot(func() any { return n.store.Dump().StagedServices }),
-		"workloads":      snapshot(func() any { return n.store.Dump().Workloads }),
-		"staticConfig":   snapshot(n.dumpStatic),
-		"version":        snapshot(func() any { return buildInfo() }),
-		"ztunnelGo":      snapshot(n.dumpOurs),
-	}
+// dump returns the top keys of /config_dump (spec/identity-admin-inpod.md §4.3).
+// What only we have stands under ztunnelGo (design D26).
+func (n *node) dump(context.Context) (map[string]any, error) {
+	world, certs := n.store.Dump(), n.certs.Snapshot()
+	return map[string]any{
+		"certificates":   dumpCertificates(certs),
+		"config":         n.cfg.Dump(),
+		"policies":       world.Policies,
+		"services":       world.Services,
+		"stagedServices": world.StagedServices,
+		"workloads":      world.Workloads,
+		"staticConfig":   n.dumpStatic(),
+		"version":        buildInfo(),
+		"ztunnelGo":      n.dumpOurs(certs),
+	}, nil
 }
 
 func (n *node) dumpStatic() any {
@@ -90,12 +88,12 @@ type connectionDump struct {
 	Src         string  `json:"src"`
 }
 
-func (n *node) dumpOurs() any {
+func (n *node) dumpOurs(certs []ca.Status) any {
 	d := ourDump{
 		Certificates: []ourCertificate{}, Connections: dumpConnections(n.proxy.Connections()),
 		Pending: append([]string{}, n.ready.Pending()...), Origins: map[string]string{},
 	}
-	for _, s := range n.certs.Snapshot() {
+	for _, s := range certs {
 		c := ourCertificate{Identity: s.ID.String(), UID: s.UID, Provider: s.Provider, State: s.State.String(), Leases: s.Leases}
 		if s.Err != nil {
 			c.LastError = s.Err.Error()

@@ -170,7 +170,7 @@ func (n *node) newServers(registry *prometheus.Registry) (err error) {
 	n.readiness = admin.NewReadiness(n.ready, drain, n.slog)
 	n.stats = admin.NewStats(registry, drain, n.slog)
 	n.admin, err = admin.New(admin.Config{
-		Sections: n.dumpSections(), Levels: n.log, Drain: drain, Log: n.slog,
+		Dump: n.dump, Levels: n.log, Drain: drain, Log: n.slog,
 		Quit: func() {
 			select {
 			case n.quit <- struct{}{}:
