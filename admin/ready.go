@@ -64,7 +64,7 @@ func (r *Ready) Pending() []string {
 // NewReadiness returns the server that answers the kubelet's probe. drain is as
 // in Config.
 func NewReadiness(r *Ready, drain time.Duration, log *slog.Logger) *Server {
-	return newServer("readiness", routes{"/healthz/ready": r.probe}, drain, log)
+	return newServer("readiness", prompt(routes{"/healthz/ready": r.probe}), drain, log)
 }
 
 func (r *Ready) probe(w http.ResponseWriter, req *http.Request) {

@@ -121,6 +121,26 @@ func TestID_4_1_HeaderTimeout(t *testing.T) {
 	})
 }
 
+// The answers of the readiness server are quick, and so must their readers be.
+func TestReadinessOfClientThatDoesNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ln := newPipes()
+		stop := serve(t.Context(), NewReadiness(NewReady(nil), 0, nil), ln)
+		c := ln.dial(t)
+		if _, err := io.WriteString(c, "GET /healthz/ready HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(promptTimeout)
+		synctest.Wait()
+		if got, err := io.ReadAll(c); err != nil || len(got) > 0 {
+			t.Errorf("got %q, %v, want the connection closed", got, err)
+		}
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out bytes.Buffer

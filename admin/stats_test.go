@@ -7,9 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/andybalholm/brotli"
 	"github.com/klauspost/compress/zstd"
@@ -174,11 +177,23 @@ func TestID_AD06_StatsExist(t *testing.T) {
 	got := body(t, do(NewStats(reg, 0, nil), "GET", "/stats/prometheus"))
 	for _, want := range []string{
 		"istio_build{component=\"ztunnel\",tag=\"1.31.0\"} 1.0\n",
-		"# TYPE process_open_fds gauge\n", "# TYPE process_max_fds gauge\n", "go_goroutines ", "go_memstats_heap_inuse_bytes ", "process_resident_memory_bytes ",
+		"# TYPE process_open_fds gauge\n", "# TYPE process_max_fds gauge\n", "process_resident_memory_bytes ", "process_cpu_seconds_total ",
+		"go_goroutines ", "go_memstats_alloc_bytes ", "go_memstats_heap_alloc_bytes ", "go_memstats_heap_inuse_bytes ", "go_memstats_heap_sys_bytes ", "go_memstats_stack_inuse_bytes ",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("the exposition lacks %q", want)
 		}
+	}
+	families := make(map[string]bool)
+	for line := range strings.Lines(got) {
+		f := strings.Fields(line)
+		if len(f) < 4 || f[0] != "#" || f[1] != "TYPE" {
+			continue
+		}
+		if families[f[2]] {
+			t.Errorf("the family %s stands there twice", f[2])
+		}
+		families[f[2]] = true
 	}
 	if strings.Contains(got, "_created") || !strings.HasSuffix(got, "\n# EOF\n") {
 		t.Error("the exposition has _created samples or no end")
@@ -210,6 +225,24 @@ func TestCheckHelp(t *testing.T) {
 	}
 }
 
+func TestCheckHelpFindsCollisions(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	for _, c := range []prometheus.Collector{
+		prometheus.NewGauge(prometheus.GaugeOpts{Name: "a", Help: "unstable"}),
+		prometheus.NewCounter(prometheus.CounterOpts{Name: "a_total", Help: "unstable"}),
+	} {
+		if err := reg.Register(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := CheckHelp(reg); err == nil || !strings.Contains(err.Error(), "two metric families a") {
+		t.Errorf("got %v, want an error about a", err)
+	}
+	if _, err := without(prometheus.NewGauge(prometheus.GaugeOpts{Name: "a"}), "b"); err == nil {
+		t.Error("a metric to leave out that is not there: got no error")
+	}
+}
+
 func TestGatherErrors(t *testing.T) {
 	partly := prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
 		families, err := testRegistry(t).Gather()
@@ -233,8 +266,8 @@ func TestConcurrentScrapesAreBounded(t *testing.T) {
 		return nil, nil
 	}), 0, nil)
 	done := make(chan int)
-	for range maxScrapes {
-		go func() { done <- do(s, "GET", "/metrics").StatusCode }()
+	for _, coding := range codings[:maxScrapes] {
+		go func() { done <- do(s, "GET", "/metrics", "Accept-Encoding", coding).StatusCode }()
 		<-begun
 	}
 	if got := do(s, "GET", "/metrics").StatusCode; got != http.StatusServiceUnavailable {
@@ -246,6 +279,110 @@ func TestConcurrentScrapesAreBounded(t *testing.T) {
 			t.Errorf("got %d, want 200", got)
 		}
 	}
+}
+
+// Those who ask while a body is rendered share it; who comes later does not.
+func TestScrapesShareOneBody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gathered := 0
+		finish := make(chan struct{})
+		families, err := testRegistry(t).Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := NewStats(prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+			gathered++
+			<-finish
+			return families, nil
+		}), 0, nil)
+		const clients = 3 * maxScrapes
+		done := make(chan *http.Response)
+		for range clients {
+			go func() { done <- do(s, "GET", "/metrics", "Accept-Encoding", "gzip") }()
+		}
+		synctest.Wait()
+		close(finish)
+		for range clients {
+			resp := <-done
+			r, err := gzip.NewReader(resp.Body)
+			if err != nil {
+				t.Fatalf("status %d: %v", resp.StatusCode, err)
+			}
+			if got, err := io.ReadAll(r); err != nil || !bytes.HasSuffix(got, []byte("# EOF\n")) {
+				t.Errorf("got %q, %v", got, err)
+			}
+		}
+		if gathered != 1 {
+			t.Errorf("%d clients at once: gathered %d times, want once", clients, gathered)
+		}
+		if do(s, "GET", "/metrics"); gathered != 2 {
+			t.Errorf("a later client: gathered %d times, want 2", gathered)
+		}
+	})
+}
+
+// A collector that panics costs its scrape and no slot.
+func TestPanickingCollector(t *testing.T) {
+	s := NewStats(prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { panic("collector") }), 0, nil)
+	for i := range 2 * maxScrapes {
+		func() {
+			defer func() {
+				if p := recover(); p != "collector" {
+					t.Errorf("scrape %d: got %v, want the panic", i, p)
+				}
+			}()
+			do(s, "GET", "/metrics")
+		}()
+	}
+}
+
+// Clients that do not read hold the slots of scrapes for promptTimeout only.
+func TestSlowScrapersAreCutOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reg := prometheus.NewRegistry()
+		g := prometheus.NewGauge(prometheus.GaugeOpts{Name: "g", Help: strings.Repeat("unstable ", 10_000)})
+		if err := reg.Register(g); err != nil {
+			t.Fatal(err)
+		}
+		ln := newPipes()
+		stop := serve(t.Context(), NewStats(reg, 0, nil), ln)
+		const request = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+		var slow []net.Conn
+		for range maxScrapes {
+			c := ln.dial(t)
+			defer c.Close()
+			if _, err := io.WriteString(c, request); err != nil {
+				t.Fatal(err)
+			}
+			slow = append(slow, c)
+			synctest.Wait() // it is being written: nobody joins it
+		}
+		get := func() int {
+			c := ln.dial(t)
+			defer c.Close()
+			resp := roundTrip(t, c, request)
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+				t.Error(err)
+			}
+			return resp.StatusCode
+		}
+		if got := get(); got != http.StatusServiceUnavailable {
+			t.Errorf("while %d clients do not read: got %d, want 503", maxScrapes, got)
+		}
+		<-time.After(promptTimeout)
+		synctest.Wait()
+		if got := get(); got != 200 {
+			t.Errorf("after their time: got %d, want 200", got)
+		}
+		for _, c := range slow {
+			if got, err := io.ReadAll(c); err != nil || bytes.HasSuffix(got, []byte("# EOF\n")) {
+				t.Errorf("a client that did not read got %d bytes (%v), want a part of the answer", len(got), err)
+			}
+		}
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func BenchmarkExposition(b *testing.B) {
