@@ -43,11 +43,17 @@ type Manager struct {
 	router    Router
 	holds     map[holdKey]*hold
 	leases    map[*Lease]struct{}
-	providers map[Provider]context.CancelFunc // those that run
-	failed    error                           // of a provider's Run
+	providers map[Provider]*providerRun // those whose Run has not returned
+	failed    error                     // of a provider's Run
 	stop      context.CancelCauseFunc
 	ctx       context.Context // of Run, nil before; it belongs to the manager as long as it runs
 	tasks     sync.WaitGroup  // watches and providers
+}
+
+// providerRun is one call of Provider.Run. It is guarded by the manager's lock.
+type providerRun struct {
+	cancel context.CancelFunc
+	ending bool // canceled; the next Run, if any, waits for its end
 }
 
 // holdKey tells apart providers of one name before and after a move.
@@ -77,7 +83,7 @@ func NewManager(r Router, cfg ManagerConfig) *Manager {
 		router:    r,
 		holds:     make(map[holdKey]*hold),
 		leases:    make(map[*Lease]struct{}),
-		providers: make(map[Provider]context.CancelFunc),
+		providers: make(map[Provider]*providerRun),
 	}
 }
 
@@ -117,8 +123,13 @@ func (m *Manager) Run(ctx context.Context) error {
 // held.
 func (m *Manager) running() bool { return m.ctx != nil && m.ctx.Err() == nil }
 
+// stopped reports whether Run has ended or is about to. It is called with the
+// lock held.
+func (m *Manager) stopped() bool { return m.ctx != nil && m.ctx.Err() != nil }
+
 // reconcile runs the providers that are listed or still hold a key, and ends
-// the others. It is called with the lock held.
+// the others. One that is wanted again while it ends is run anew after that. It
+// is called with the lock held.
 func (m *Manager) reconcile() {
 	if !m.running() {
 		return
@@ -130,10 +141,10 @@ func (m *Manager) reconcile() {
 	for k := range m.holds {
 		want[k.provider] = true
 	}
-	for p, cancel := range m.providers {
+	for p, run := range m.providers {
 		if !want[p] {
-			cancel()
-			delete(m.providers, p)
+			run.cancel()
+			run.ending = true
 		}
 	}
 	for p := range want {
@@ -141,22 +152,24 @@ func (m *Manager) reconcile() {
 			continue
 		}
 		ctx, cancel := context.WithCancel(m.ctx)
-		m.providers[p] = cancel
+		m.providers[p] = &providerRun{cancel: cancel}
 		m.tasks.Go(func() { m.runProvider(ctx, p) })
 	}
 }
 
 func (m *Manager) runProvider(ctx context.Context, p Provider) {
 	err := p.Run(ctx)
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if ctx.Err() != nil {
+		delete(m.providers, p)
+		m.reconcile() // it may be wanted again
 		return
 	}
 	if err == nil {
 		err = errors.New("it ended without a reason")
 	}
 	err = fmt.Errorf("run certificate provider %s: %w", p.Name(), err)
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	if m.failed == nil {
 		m.failed = err
 	}
@@ -169,7 +182,7 @@ func (m *Manager) Acquire(w WorkloadRef) *Lease {
 	l := &Lease{m: m, ref: w, changed: make(chan struct{})}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.ctx != nil && m.ctx.Err() != nil {
+	if m.stopped() {
 		l.view.Store(&view{state: Withdrawn, err: errStopped})
 		l.released = true
 		return l
@@ -303,10 +316,13 @@ func (m *Manager) poke() {
 // the WorkloadRef with which it was acquired. One whose key changes keeps its
 // SVID, renewed as before, until the new key has a valid one; one that has no
 // SVID to keep moves at once. Providers that are no longer listed end when
-// their last lease has moved.
+// their last lease has moved. After Run has ended it does nothing.
 func (m *Manager) Replace(r Router) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.stopped() {
+		return
+	}
 	m.router = r
 	m.reconcile()
 	for l := range m.leases {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -213,6 +214,93 @@ func TestNoProvider(t *testing.T) {
 		m.Replace(noRouter{})
 		if _, err := now(t, l); err == nil {
 			t.Error("the lease of a route that is gone still has an SVID")
+		}
+	})
+}
+
+// slowEnd is a provider whose Run takes a second to close its streams.
+type slowEnd struct {
+	*catest.Provider
+
+	mu                   sync.Mutex // guards what follows
+	runs, together, most int
+}
+
+func (s *slowEnd) Run(ctx context.Context) error {
+	s.mu.Lock()
+	s.runs++
+	s.together++
+	s.most = max(s.most, s.together)
+	s.mu.Unlock()
+	<-ctx.Done()
+	<-time.After(time.Second)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.together--
+	return nil
+}
+
+// A provider that is wanted again while it ends is run again after that.
+func TestMoveTurnsBackWhileProviderEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &slowEnd{Provider: catest.NewProvider("a")}
+		b := catest.NewProvider("b")
+		td := catest.NewCA(t, "td.test")
+		ref := ca.WorkloadRef{ID: web}
+		svid := td.SVID(t, web)
+		a.Set(a.Key(ref), available(svid))
+		expect := func(when string, runs, together int) {
+			t.Helper()
+			synctest.Wait()
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			if a.runs != runs || a.together != together || a.most > 1 {
+				t.Errorf("%s: %d runs, %d now, at most %d together; want %d, %d and 1", when, a.runs, a.together, a.most, runs, together)
+			}
+		}
+		m := catest.RunManager(t, catest.Fixed{a}, ca.ManagerConfig{})
+		expect("begin", 1, 1)
+		m.Replace(catest.Fixed{b})
+		m.Replace(catest.Fixed{a})
+		m.Replace(catest.Fixed{b})
+		m.Replace(catest.Fixed{a})
+		expect("turned back", 1, 1)
+		l := m.Acquire(ref)
+		defer l.Release()
+		sleep(time.Second)
+		expect("the first ended", 2, 1)
+		if got, err := now(t, l); err != nil || got.Cert != svid.Cert {
+			t.Errorf("after the moves: %v, %v", got, err)
+		}
+		l.Release()
+		m.Replace(catest.Fixed{b})
+		sleep(2 * time.Second)
+		expect("moved for good", 2, 0)
+		if !b.Running() {
+			t.Error("the new provider does not run")
+		}
+	})
+}
+
+// TestReplaceAfterRun: leases of a manager that has stopped stay without an SVID,
+// and nobody waits for one.
+func TestReplaceAfterRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := catest.NewProvider("a"), catest.NewProvider("b")
+		m := ca.NewManager(catest.Fixed{a}, ca.ManagerConfig{})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- m.Run(ctx) }()
+		l := m.Acquire(ca.WorkloadRef{ID: web})
+		defer l.Release()
+		synctest.Wait()
+		cancel()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		m.Replace(catest.Fixed{b})
+		if _, err := now(t, l); !errors.Is(err, ca.ErrReleased) {
+			t.Errorf("got %v, want ErrReleased", err)
 		}
 	})
 }

@@ -51,7 +51,9 @@ type Event struct {
 type Provider interface {
 	Name() string
 	// Run owns the provider's connections and shared streams, and ends them
-	// before it returns. Called once; returns when ctx ends.
+	// before it returns, which it does when ctx ends. It may be called again after
+	// it returned, e.g. when a live move turns back, but never concurrently.
+	// Watches may begin before it and outlast it.
 	Run(ctx context.Context) error
 	// Key is pure and does not block.
 	Key(WorkloadRef) Key
