@@ -20,7 +20,7 @@ type digest [sha256.Size]byte
 
 // NewBundles takes a snapshot of anchors by trust domain. A trust domain
 // without anchors stays in the snapshot: it says that every certificate of that
-// trust domain is refused. Duplicates (same certificate, provider and mode)
+// trust domain is refused. Duplicates (same certificate, provider, mode and alias)
 // are kept once, anchors without a certificate not at all. The maps and slices
 // are copied, the certificates must not be changed afterwards.
 func NewBundles(anchors map[spiffeid.TrustDomain][]Anchor) *Bundles {
@@ -50,7 +50,7 @@ func NewBundles(anchors map[spiffeid.TrustDomain][]Anchor) *Bundles {
 }
 
 func compareAnchors(a, b Anchor) int {
-	return cmp.Or(bytes.Compare(a.Cert.Raw, b.Cert.Raw), cmp.Compare(a.Provider, b.Provider), cmp.Compare(a.Mode, b.Mode))
+	return cmp.Or(bytes.Compare(a.Cert.Raw, b.Cert.Raw), cmp.Compare(a.Provider, b.Provider), cmp.Compare(a.Mode, b.Mode), a.origin.Compare(b.origin))
 }
 
 // sum is independent of the order in which anchors were given.
@@ -64,6 +64,8 @@ func (b *Bundles) sum() (d digest) {
 			h.Write(der[:])
 			h.Write([]byte(a.Provider))
 			h.Write([]byte{0, byte(a.Mode)})
+			h.Write([]byte(a.origin.Name()))
+			h.Write([]byte{0})
 		}
 		h.Write([]byte{0xff}) // in no trust domain name: the end of the list
 	}
@@ -121,7 +123,8 @@ func (b *Bundles) Keep(old *Bundles) *Bundles {
 
 // WithAliases registers the bundle of own for every alias that has none. It is
 // for providers with one CA and no trust domains in their protocol (design D2);
-// never for a backend that delivers bundles by trust domain.
+// never for a backend that delivers bundles by trust domain. An intermediate that
+// names own may sign for the alias (R26): it is the same mesh under another name.
 func (b *Bundles) WithAliases(own spiffeid.TrustDomain, aliases ...spiffeid.TrustDomain) *Bundles {
 	if !b.Has(own) || !slices.ContainsFunc(aliases, func(a spiffeid.TrustDomain) bool { return !b.Has(a) }) {
 		return b
@@ -131,8 +134,12 @@ func (b *Bundles) WithAliases(own spiffeid.TrustDomain, aliases ...spiffeid.Trus
 		m[td] = as
 	}
 	for _, a := range aliases {
-		if !b.Has(a) {
-			m[a] = b.domains[own]
+		if b.Has(a) {
+			continue
+		}
+		m[a] = slices.Clone(b.domains[own])
+		for i := range m[a] {
+			m[a][i].origin = own
 		}
 	}
 	return NewBundles(m)

@@ -48,6 +48,10 @@ type Anchor struct {
 	Cert     *x509.Certificate
 	Provider string
 	Mode     Mode
+
+	// origin is set in the bundle of an alias: the trust domain whose bundle it
+	// is, which intermediates may name too.
+	origin spiffeid.TrustDomain
 }
 
 // Bundles is a snapshot: trust domain → anchors. It is immutable. Bundles of

@@ -170,6 +170,9 @@ func TestBundles(t *testing.T) {
 	if len(aliased.Anchors(alias)) != 2 || aliased.WithAliases(tdA, alias) != aliased {
 		t.Error("the alias has not the bundle of its trust domain, or is registered twice")
 	}
+	if aliased.Equal(ca.NewBundles(map[spiffeid.TrustDomain][]ca.Anchor{tdA: {one, two}, alias: {one, two}})) {
+		t.Error("an alias equals a trust domain of its own")
+	}
 	own := ca.NewBundles(map[spiffeid.TrustDomain][]ca.Anchor{tdA: {one}, alias: {two}}).WithAliases(tdA, alias)
 	if got := own.Anchors(alias); len(got) != 1 || got[0] != two {
 		t.Error("the alias lost the bundle that the provider delivers")

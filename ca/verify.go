@@ -224,7 +224,7 @@ func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, o
 					continue
 				}
 				var tolerated []string
-				if tolerated, err = judgePath(path, id, want); err != nil {
+				if tolerated, err = judgePath(path, id, a.origin, want); err != nil {
 					continue
 				}
 				if opts.Tolerated != nil {
@@ -240,8 +240,9 @@ func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, o
 }
 
 // judgePath applies the rules that depend on the mode, and those for signing
-// certificates. It returns the rules that compatible mode forgave.
-func judgePath(path []*x509.Certificate, id spiffeid.ID, mode Mode) (tolerated []string, err error) {
+// certificates, which may name the trust domain of id or its origin, if it is an
+// alias. It returns the rules that compatible mode forgave.
+func judgePath(path []*x509.Certificate, id spiffeid.ID, origin spiffeid.TrustDomain, mode Mode) (tolerated []string, err error) {
 	for _, b := range leafBreaches(path[0]) {
 		if mode == Strict || !b.forgivable {
 			return nil, refuse(b.rule, "%s", b.reason)
@@ -249,7 +250,7 @@ func judgePath(path []*x509.Certificate, id spiffeid.ID, mode Mode) (tolerated [
 		tolerated = append(tolerated, b.rule)
 	}
 	for _, c := range path[1 : len(path)-1] {
-		if err := checkSignerID(c, id.TrustDomain()); err != nil {
+		if err := checkSignerID(c, id.TrustDomain(), origin); err != nil {
 			return nil, err
 		}
 		switch critical, present := extension(c, oidKeyUsage); {
@@ -293,8 +294,9 @@ func leafBreaches(leaf *x509.Certificate) (breaches []breach) {
 }
 
 // checkSignerID holds R26: a signing certificate may name its trust domain,
-// and nothing more.
-func checkSignerID(c *x509.Certificate, td spiffeid.TrustDomain) error {
+// and nothing more. That of an alias is its own, or the one of which it is an
+// alias; origin is zero otherwise.
+func checkSignerID(c *x509.Certificate, td, origin spiffeid.TrustDomain) error {
 	uris, err := sanURIs(c)
 	if err != nil {
 		return err
@@ -307,7 +309,7 @@ func checkSignerID(c *x509.Certificate, td spiffeid.TrustDomain) error {
 		if err != nil || id.Path() != "" {
 			return refuse("R26", "an intermediate's SPIFFE ID %q is not the name of a trust domain", u)
 		}
-		if id.TrustDomain() != td {
+		if named := id.TrustDomain(); named != td && named != origin {
 			return refuse("R26", "an intermediate of trust domain %q signed for %q", id.TrustDomain().Name(), td.Name())
 		}
 	}

@@ -209,6 +209,45 @@ func TestFaults_58_SharedKey(t *testing.T) {
 	}
 }
 
+// TestAliasOfIntermediate is R26 for aliases: an intermediate that names the
+// mesh's trust domain also signs for its aliases. It is the only further name.
+func TestAliasOfIntermediate(t *testing.T) {
+	root := catest.NewCA(t, "td.test")
+	plain := root.Bundles(ca.Strict)
+	aliased := plain.WithAliases(root.TrustDomain, catest.TrustDomain("alias.test"), catest.TrustDomain("other-alias.test"))
+	alias := catest.TrustDomain("alias.test")
+	delivered := ca.NewBundles(map[spiffeid.TrustDomain][]ca.Anchor{root.TrustDomain: {root.Anchor(ca.Strict)}, alias: {root.Anchor(ca.Strict)}})
+	tests := []struct {
+		name              string
+		bundles           *ca.Bundles
+		intermediate, own string
+		want              string
+	}{
+		{"alias below the mesh's", aliased, "spiffe://td.test", "spiffe://alias.test/ns/a/sa/b", ""},
+		{"after a union", ca.Union(aliased, catest.NewCA(t, "x.test").Bundles(ca.Strict)), "spiffe://td.test", "spiffe://alias.test/ns/a/sa/b", ""},
+		{"alias below its own", aliased, "spiffe://alias.test", "spiffe://alias.test/ns/a/sa/b", ""},
+		{"the mesh's own", aliased, "spiffe://td.test", "spiffe://td.test/ns/a/sa/b", ""},
+		{"the mesh below an alias", aliased, "spiffe://alias.test", "spiffe://td.test/ns/a/sa/b", "R26"},
+		{"alias below another alias", aliased, "spiffe://other-alias.test", "spiffe://alias.test/ns/a/sa/b", "R26"},
+		{"alias below a stranger", aliased, "spiffe://x.test", "spiffe://alias.test/ns/a/sa/b", "R26"},
+		{"alias below a workload of the mesh", aliased, "spiffe://td.test/ns/a/sa/ca", "spiffe://alias.test/ns/a/sa/b", "R26"},
+		{"a trust domain of its own", delivered, "spiffe://td.test", "spiffe://alias.test/ns/a/sa/b", "R26"},
+		{"no alias", plain, "spiffe://td.test", "spiffe://alias.test/ns/a/sa/b", "R29"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			inter := root.Intermediate(t, catest.URIs(tt.intermediate), func(c *x509.Certificate) {
+				c.KeyUsage = x509.KeyUsageCertSign
+			})
+			chain, _ := inter.Leaf(t, tt.own)
+			_, err := ca.VerifySVID(chain, tt.bundles, ca.VerifyOptions{})
+			if tt.want == "" && err != nil || tt.want != "" && rule(t, err) != tt.want {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
 func TestEmptyBundleRefusesAll(t *testing.T) { // R31
 	w := catest.NewWorld(t)
 	chain, _ := w.Own.Leaf(t, catest.GoodID)
