@@ -66,6 +66,7 @@ func TestProvider(t *testing.T, h Harness) {
 	run("backend restart", backendRestart)
 	run("expiry without renewal", expiry)
 	run("release stops traffic", releaseStopsTraffic)
+	run("run again", runAgain)
 	run("key is pure", keyIsPure)
 	if h.Denies {
 		run("denial", denial)
@@ -254,6 +255,19 @@ func releaseStopsTraffic(t *testing.T, s *suite) {
 	if _, err := l.SVID(t.Context()); !errors.Is(err, ca.ErrReleased) {
 		t.Errorf("SVID after the release: %v, want ErrReleased", err)
 	}
+}
+
+// runAgain moves away from the provider and back: its Run returns, and is called
+// once more.
+func runAgain(t *testing.T, s *suite) {
+	l := s.acquire(t)
+	s.get(t, l, time.Minute, nil)
+	l.Release()
+	s.manager.Replace(Fixed{NewProvider("elsewhere")})
+	synctest.Wait()
+	s.manager.Replace(Fixed{s.Provider})
+	first := s.get(t, s.acquire(t), patience, nil)
+	s.get(t, s.acquire(t), s.Life, func(v *ca.SVID) bool { return v.Cert.Leaf.SerialNumber.Cmp(first.Cert.Leaf.SerialNumber) != 0 })
 }
 
 func keyIsPure(t *testing.T, s *suite) {

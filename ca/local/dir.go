@@ -8,9 +8,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -31,22 +32,40 @@ const (
 // loadOrCreate loads the root of dir. When there is none it makes one; of
 // several processes that do so at once, on one machine or through a shared
 // file system, one wins and the others load its root.
-func loadOrCreate(dir string, td spiffeid.TrustDomain, log *slog.Logger) (*x509.Certificate, crypto.Signer, error) {
+//
+// Whoever could have written the file, or could replace it, is the CA. Hence the
+// checks of owners and modes, here and in [read]. They do not look at the
+// directories above, at the directory that a symbolic link leads to, nor for hard
+// links: another name of the file elsewhere has its owner and its mode.
+func loadOrCreate(dir string, td spiffeid.TrustDomain) (*x509.Certificate, crypto.Signer, error) {
 	path := filepath.Join(dir, fileName)
-	root, key, err := load(path, td, log)
+	err := checkDir(dir)
+	if err == nil {
+		var root *x509.Certificate
+		var key crypto.Signer
+		if root, key, err = load(path, td); err == nil {
+			return root, key, nil
+		}
+	}
 	if !errors.Is(err, fs.ErrNotExist) {
-		return root, key, err
+		return nil, nil, err
+	}
+	if target, err := os.Readlink(path); err == nil {
+		return nil, nil, fmt.Errorf("%s: it is a symbolic link to %s, which does not exist", path, target)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, fmt.Errorf("make the directory: %w", err)
 	}
-	root, key, err = newRoot(td)
+	if err := checkDir(dir); err != nil {
+		return nil, nil, err
+	}
+	root, key, err := newRoot(td)
 	if err != nil {
 		return nil, nil, err
 	}
 	switch err := create(path, root, key); {
 	case errors.Is(err, fs.ErrExist):
-		return load(path, td, log)
+		return load(path, td)
 	case err != nil:
 		return nil, nil, fmt.Errorf("store the root: %w", err)
 	}
@@ -77,8 +96,8 @@ func create(path string, root *x509.Certificate, key crypto.Signer) (err error) 
 	return os.Link(f.Name(), path) // unlike a rename it replaces nothing
 }
 
-func load(path string, td spiffeid.TrustDomain, log *slog.Logger) (*x509.Certificate, crypto.Signer, error) {
-	content, err := read(path, log)
+func load(path string, td spiffeid.TrustDomain) (*x509.Certificate, crypto.Signer, error) {
+	content, err := read(path)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -92,24 +111,62 @@ func load(path string, td spiffeid.TrustDomain, log *slog.Logger) (*x509.Certifi
 	return root, key, nil
 }
 
-func read(path string, log *slog.Logger) ([]byte, error) {
-	info, err := os.Stat(path) // before the open: that of a FIFO would block
+// checkDir refuses a directory in which others than root and we can replace files.
+func checkDir(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%s: it is no directory but %s", dir, info.Mode())
+	}
+	if uid, ok := foreign(info); ok {
+		return fmt.Errorf("%s: the directory belongs to user %d, want root or ourselves (%d)", dir, uid, os.Geteuid())
+	}
+	if mode := info.Mode(); mode.Perm()&0o022 != 0 && mode&fs.ModeSticky == 0 {
+		return fmt.Errorf("%s: others may write the directory (mode %04o), want 0700; a subdirectory that does not exist yet is made so", dir, mode.Perm())
+	}
+	return nil
+}
+
+// checkFile refuses a file that others can have written or can read.
+func checkFile(path string, info fs.FileInfo) error {
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%s: it is no regular file but %s", path, info.Mode())
+	}
+	if uid, ok := foreign(info); ok {
+		return fmt.Errorf("%s: the file belongs to user %d, want root or ourselves (%d)", path, uid, os.Geteuid())
+	}
+	switch perm := info.Mode().Perm(); {
+	case perm&0o022 != 0:
+		return fmt.Errorf("%s: others may write it (mode %04o), want 0600 or 0400", path, perm)
+	case perm&0o044 != 0:
+		return fmt.Errorf("%s: others may read the key in it (mode %04o), want 0600 or 0400", path, perm)
+	}
+	return nil
+}
+
+// read returns the content of a file that passes checkFile.
+func read(path string) ([]byte, error) {
+	info, err := os.Stat(path) // before the open: that of a device can do things
 	if err != nil {
 		return nil, err
 	}
-	switch mode := info.Mode(); {
-	case !mode.IsRegular():
-		return nil, fmt.Errorf("%s: it is no regular file but %s", path, mode)
-	case mode.Perm()&0o022 != 0:
-		return nil, fmt.Errorf("%s: others may write it (mode %04o), want 0600", path, mode.Perm())
-	case mode.Perm()&0o044 != 0:
-		log.Warn("others may read the key of the local CA", "component", "ca", "path", path, "mode", mode.String())
+	if err := checkFile(path, info); err != nil {
+		return nil, err
 	}
-	f, err := os.Open(path)
+	// The open of a FIFO that took the file's place would block.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	if info, err = f.Stat(); err != nil { // of what was opened
+		return nil, err
+	}
+	if err := checkFile(path, info); err != nil {
+		return nil, err
+	}
 	content, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", path, err)
@@ -120,15 +177,21 @@ func read(path string, log *slog.Logger) ([]byte, error) {
 	return content, nil
 }
 
-// parse reads exactly one certificate and one PKCS#8 key. No error shows any
-// content.
+const pemBegin = "-----BEGIN "
+
+// parse reads exactly one certificate and one PKCS#8 key, and nothing around
+// them: pem.Decode would skip a damaged block. No error shows any content.
 func parse(content []byte) (root *x509.Certificate, key crypto.Signer, err error) {
+	leftovers := false
 	for {
-		var block *pem.Block
-		block, content = pem.Decode(content)
+		block, rest := pem.Decode(content)
 		if block == nil {
+			leftovers = leftovers || strings.TrimSpace(string(content)) != ""
 			break
 		}
+		used := strings.TrimSpace(string(content[:len(content)-len(rest)]))
+		leftovers = leftovers || !strings.HasPrefix(used, pemBegin) || strings.Count(used, pemBegin) > 1
+		content = rest
 		switch {
 		case block.Type == pemCertificate && root == nil:
 			if root, err = x509.ParseCertificate(block.Bytes); err != nil {
@@ -153,6 +216,8 @@ func parse(content []byte) (root *x509.Certificate, key crypto.Signer, err error
 		return nil, nil, fmt.Errorf("no %s block: the file is incomplete", pemCertificate)
 	case key == nil:
 		return nil, nil, fmt.Errorf("no %s block: the file is incomplete", pemKey)
+	case leftovers:
+		return nil, nil, errors.New("there is text besides the two PEM blocks")
 	}
 	return root, key, nil
 }

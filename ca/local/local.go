@@ -29,9 +29,12 @@ import (
 type Config struct {
 	// Name is the provider's name. Default "local".
 	Name string
-	// Dir holds the root key and certificate (CA_LOCAL_DIR). It and they are
-	// created when absent. "" keeps them in memory: then the root changes with
-	// every start, and no other node trusts it.
+	// Dir holds the root key and certificate in the file ca.pem (CA_LOCAL_DIR). It
+	// and they are created when absent, for us alone. What is there must belong to
+	// root or to us, the directory must not be writable by others unless it is
+	// sticky, and the file not even readable. Hard links are not looked for: a
+	// second name of the file elsewhere is as good a key. "" keeps root and key in
+	// memory: then the root changes with every start, and no other node trusts it.
 	Dir string
 	// TrustDomain is the only one for which the CA signs, but for Aliases.
 	// Default cluster.local.
@@ -98,7 +101,7 @@ func Open(cfg Config) (*CA, error) {
 	if cfg.Dir == "" {
 		c.root, c.key, err = newRoot(cfg.TrustDomain)
 	} else {
-		c.root, c.key, err = loadOrCreate(cfg.Dir, cfg.TrustDomain, cfg.Logger)
+		c.root, c.key, err = loadOrCreate(cfg.Dir, cfg.TrustDomain)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("local CA: %w", err)

@@ -187,8 +187,96 @@ func TestDirIsShared(t *testing.T) {
 	}
 }
 
+// private is a new directory that passes for a CA's, whatever the umask.
+func private(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func TestDirOfOthers(t *testing.T) {
+	tests := []struct {
+		name string
+		mode os.FileMode // of the directory
+		uid  int         // of the directory, if not 0
+		file int         // owner of the file, if not 0
+		want string      // "" for none
+	}{
+		{name: "private", mode: 0o700},
+		{name: "readable", mode: 0o755},
+		{name: "sticky", mode: 0o777 | os.ModeSticky},
+		{name: "writable by all", mode: 0o777, want: "others may write the directory (mode 0777)"},
+		{name: "writable by the group", mode: 0o770, want: "others may write the directory (mode 0770)"},
+		{name: "of another user", mode: 0o700, uid: 1234, want: "the directory belongs to user 1234"},
+		{name: "sticky, of another user", mode: 0o777 | os.ModeSticky, uid: 1234, want: "the directory belongs to user 1234"},
+		{name: "file of another user", mode: 0o777 | os.ModeSticky, file: 1234, want: "the file belongs to user 1234"},
+	}
+	for _, tt := range tests {
+		for _, exists := range []bool{true, false} {
+			if !exists && tt.file != 0 {
+				continue
+			}
+			t.Run(fmt.Sprintf("%s, exists %t", tt.name, exists), func(t *testing.T) {
+				if (tt.uid != 0 || tt.file != 0) && os.Geteuid() != 0 {
+					t.Skip("only root can give files away")
+				}
+				dir := private(t)
+				path := filepath.Join(dir, "ca.pem")
+				if exists {
+					if _, err := local.Open(local.Config{Dir: dir}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				err := os.Chmod(dir, tt.mode)
+				if tt.uid != 0 {
+					err = errors.Join(err, os.Chown(dir, tt.uid, -1))
+				}
+				if tt.file != 0 {
+					err = errors.Join(err, os.Chown(path, tt.file, -1))
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = local.Open(local.Config{Dir: dir})
+				if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+					t.Errorf("got %v, want %q", err, tt.want)
+				}
+				if _, serr := os.Stat(path); err != nil && !exists && serr == nil {
+					t.Error("a root was stored nevertheless")
+				}
+			})
+		}
+	}
+}
+
+func TestDirLinks(t *testing.T) {
+	target := private(t)
+	c, err := local.Open(local.Config{Dir: target})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := private(t)
+	path := filepath.Join(dir, "ca.pem")
+	if err := os.Symlink(filepath.Join(target, "ca.pem"), path); err != nil {
+		t.Fatal(err)
+	}
+	if linked, err := local.Open(local.Config{Dir: dir}); err != nil || !linked.Root().Equal(c.Root()) {
+		t.Errorf("through a link: got %v, want its root", err)
+	}
+	if err := os.Remove(filepath.Join(target, "ca.pem")); err != nil {
+		t.Fatal(err)
+	}
+	_, err = local.Open(local.Config{Dir: dir})
+	if want := path + ": it is a symbolic link to " + filepath.Join(target, "ca.pem") + ", which does not exist"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q", err, want)
+	}
+}
+
 func TestDirHostile(t *testing.T) {
-	good := t.TempDir()
+	good := private(t)
 	if _, err := local.Open(local.Config{Dir: good}); err != nil {
 		t.Fatal(err)
 	}
@@ -201,7 +289,7 @@ func TestDirHostile(t *testing.T) {
 		t.Fatal("no key in the file")
 	}
 	key = "-----BEGIN PRIVATE KEY-----" + key
-	second := t.TempDir()
+	second := private(t)
 	if _, err := local.Open(local.Config{Dir: second}); err != nil {
 		t.Fatal(err)
 	}
@@ -225,11 +313,17 @@ func TestDirHostile(t *testing.T) {
 		{name: "key of another", content: cert + "-----BEGIN PRIVATE KEY-----" + foreignKey, want: "not the key"},
 		{name: "huge", content: string(content) + strings.Repeat("x", 64<<10), want: "more than"},
 		{name: "writable by others", content: string(content), mode: 0o666, want: "others may write"},
+		{name: "readable by others", content: string(content), mode: 0o604, want: "others may read"},
+		{name: "readable by the group", content: string(content), mode: 0o640, want: "others may read"},
+		{name: "text before", content: "x\n" + string(content), want: "besides the two PEM blocks"},
+		{name: "text between", content: cert + "x\n" + key, want: "besides the two PEM blocks"},
+		{name: "text behind", content: string(content) + "x", want: "besides the two PEM blocks"},
+		{name: "damaged block between", content: cert + "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n" + key, want: "besides the two PEM blocks"},
 		{name: "other trust domain", content: string(content), domain: "mesh.example", want: "configured is spiffe://mesh.example"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			dir := t.TempDir()
+			dir := private(t)
 			path := filepath.Join(dir, "ca.pem")
 			if err := os.WriteFile(path, []byte(tt.content), 0o600); err != nil {
 				t.Fatal(err)
@@ -257,7 +351,7 @@ func TestDirHostile(t *testing.T) {
 		})
 	}
 	t.Run("FIFO", func(t *testing.T) {
-		dir := t.TempDir()
+		dir := private(t)
 		if err := syscall.Mkfifo(filepath.Join(dir, "ca.pem"), 0o600); err != nil {
 			t.Fatal(err)
 		}
