@@ -44,7 +44,7 @@ func baggageOf(w *state.Workload) baggage {
 func (b baggage) String() string {
 	var sb strings.Builder
 	add := func(key, value string) {
-		if value == "" {
+		if value = baggageValue(value); value == "" {
 			return
 		}
 		if sb.Len() > 0 {
@@ -52,7 +52,7 @@ func (b baggage) String() string {
 		}
 		sb.WriteString(key)
 		sb.WriteByte('=')
-		sb.WriteString(baggageValue(value))
+		sb.WriteString(value)
 	}
 	kind := b.workloadType
 	if kind == "" {
