@@ -76,6 +76,11 @@ func (w *writer) put(b *buffer) {
 		return
 	default:
 	}
+	w.accept(b)
+}
+
+// accept is put for a log that was open a moment ago.
+func (w *writer) accept(b *buffer) {
 	if !w.enqueue(b) {
 		w.drop(b)
 		return

@@ -165,6 +165,13 @@ func TestDP_X06_SlowOutput(t *testing.T) {
 
 // Each line that meets the end of the log is written or counted.
 func TestCloseLosesNoCount(t *testing.T) {
+	w := newWriter(joined(io.Discard), false)
+	if err := w.close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if w.accept(line(0)); w.dropped() != 1 {
+		t.Errorf("a line between the end and the news of it: got %d dropped, want 1", w.dropped())
+	}
 	for range 200 {
 		var out bytes.Buffer
 		w := newWriter(joined(&out), false)
