@@ -54,7 +54,7 @@ check-generate: ## fail when a generated file is stale
 
 fuzz: ## every fuzz target, FUZZTIME (60s) each
 	@set -e; for f in $$(git grep -l '^func Fuzz' -- '*_test.go'); do for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
-	  echo "== $$t ($$(dirname $$f))"; $(GO) test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) ./$$(dirname $$f); done; done
+	  echo "== $$t ($$(dirname $$f))"; $(GO) test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x ./$$(dirname $$f); done; done
 
 e2e: build ## two nodes in network namespaces (root)
 	ZTUNNEL_BIN=$(BIN) $(GO) test -tags e2e -count=1 -timeout 20m ./e2e/netns/...
