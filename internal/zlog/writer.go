@@ -17,6 +17,11 @@ const maxBatch = 64
 // for it.
 const patience = time.Second
 
+// rest is how long the writer pauses after a write, for the next lines to gather:
+// waking it for each one costs its producers more than the line does. A line that
+// comes after a pause is written at once.
+const rest = 2 * time.Millisecond
+
 // maxPooled is the capacity up to which a line's memory is kept for the next.
 const maxPooled = 16 << 10
 
@@ -195,6 +200,20 @@ func (w *writer) run() {
 		}
 		clear(lines)
 		clear(vector)
+		w.rest()
+	}
+}
+
+// rest lets lines gather, unless there are enough already.
+func (w *writer) rest() {
+	if len(w.queue) >= maxBatch {
+		return
+	}
+	timer := time.NewTimer(rest)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-w.stop:
 	}
 }
 
