@@ -367,6 +367,7 @@ func TestContributedBundles(t *testing.T) {
 					got = append(got, b)
 				})
 			}()
+			synctest.Wait() // the watch is there before the first answer
 			m := catest.RunManager(t, catest.Fixed{p}, ca.ManagerConfig{})
 			l := m.Acquire(sa("x"))
 			defer l.Release()
@@ -375,7 +376,7 @@ func TestContributedBundles(t *testing.T) {
 			mock.td = catest.NewCA(t, "td.test")
 			last := mock.td.Bundles(ca.Strict)
 			mock.mu.Unlock()
-			sleep(time.Minute)
+			sleep(2 * time.Minute) // more than the latest renewal
 			cancel()
 			if err := <-done; !errors.Is(err, context.Canceled) {
 				t.Errorf("WatchBundles: %v, want the end of the context", err)
