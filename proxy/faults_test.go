@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -306,6 +307,57 @@ func TestTrackAfterRetry(t *testing.T) {
 			}
 			c.Close()
 			synctest.Wait()
+		}
+	})
+}
+
+// failingListener fails as often as it was told, as a process without file
+// descriptors does, and then accepts.
+type failingListener struct {
+	netns.Listener
+	left atomic.Int64
+}
+
+func (l *failingListener) Accept() (netns.Conn, error) {
+	if l.left.Add(-1) >= 0 {
+		return nil, syscall.EMFILE
+	}
+	return l.Listener.Accept()
+}
+
+// listenHook is a network whose outbound listener fails.
+type listenHook struct {
+	netns.Network
+	failures int64
+}
+
+func (n listenHook) Listen(ctx context.Context, addr netip.AddrPort) (netns.Listener, error) {
+	ln, err := n.Network.Listen(ctx, addr)
+	if err != nil || addr.Port() != 15001 {
+		return ln, err
+	}
+	l := &failingListener{Listener: ln}
+	l.left.Store(n.failures)
+	return l, nil
+}
+
+// §2.1 and weakness 6 of §19: accept errors are logged, back off, and do not end
+// the listener.
+func TestAcceptBacksOff(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		const failures = 12
+		client := m.add("client", "10.0.1.2", withConfig(func(c *Config) { c.Network = listenHook{c.Network, failures} }))
+		server := m.add("server", "10.0.2.2")
+		start := time.Now()
+		if err := client.request(server.echoAddr(), "hello"); err != nil {
+			t.Fatal(err)
+		}
+		// 5, 10, 20 … 640 ms, then 1 s each, ±20 %: at least 4.2 s for twelve.
+		if d := time.Since(start); d < 4*time.Second || d > 8*time.Second {
+			t.Errorf("%d failures took %v, want the pauses of the back-off", failures, d)
+		}
+		if n := len(client.logs.find(map[string]string{"message": "accept failed", "level": "error"})); n != failures {
+			t.Errorf("%d lines of failed accepts, want %d", n, failures)
 		}
 	})
 }
