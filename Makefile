@@ -64,7 +64,7 @@ e2e-interop: build ## the same against another ztunnel: ZTUNNEL_PEER_BIN=/path (
 	  ZTUNNEL_BIN=$(BIN) ZTUNNEL_PEER_BIN="$(ZTUNNEL_PEER_BIN)" $(GO) test -tags e2e -count=1 -timeout 20m -run Interop ./e2e/...; fi
 
 bench: build ## throughput and latency of bin/ztunnel
-	$(GO) run ./e2e/bench -ztunnel $(BIN) $(BENCH_ARGS)
+	$(GO) run ./e2e/bench -ztunnel bin/ztunnel $(BENCH_ARGS)
 
 demo: build ## two nodes in one process, one request through the tunnel
 	$(BIN) demo $(DEMO_ARGS)

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 
+	"github.com/ztunnel-go/ztunnel/internal/stack"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
@@ -36,7 +37,10 @@ func (k *copying) run() {
 	k.copyPlain()
 }
 
-func (k *copying) endStream() { k.c.end(k.ctx, outcomeOf(k.result, k.outbound)) }
+func (k *copying) endStream() {
+	stack.Reserve() // for the log line; the goroutine is about to end
+	k.c.end(k.ctx, outcomeOf(k.result, k.outbound))
+}
 
 // copyPlain joins the client and the server of a connection without a tunnel.
 func (k *copying) copyPlain() {

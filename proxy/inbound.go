@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/internal/stack"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
@@ -89,6 +90,7 @@ type inboundRequest struct {
 // serve runs one CONNECT request through the checks of spec/datapath.md §6.2, in
 // their order.
 func (t *inboundTunnel) serve(ctx context.Context, r *hbone.Request) {
+	stack.Reserve()
 	start := time.Now()
 	p := t.p
 	in, refused := t.check(ctx, r)

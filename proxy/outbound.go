@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/internal/stack"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
@@ -46,6 +47,7 @@ type upstream struct {
 
 // serveOutbound carries one captured connection (spec/datapath.md §4).
 func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (k *copying) {
+	stack.Reserve()
 	start := time.Now()
 	open := p.cfg.Metrics.sockets.WithLabelValues(reporterSource)
 	open.Inc()

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/ztunnel-go/ztunnel/internal/stack"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
 )
@@ -13,6 +14,7 @@ import (
 // servePassthrough carries one captured plaintext connection to the local
 // workload (spec/datapath.md §7): no identity, but the same policies.
 func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (k *copying) {
+	stack.Reserve()
 	start := time.Now()
 	open := p.cfg.Metrics.sockets.WithLabelValues(reporterDestination)
 	open.Inc()
