@@ -51,7 +51,6 @@ type conn struct {
 	peerInitial int64
 	peerStreams uint32 // SETTINGS_MAX_CONCURRENT_STREAMS
 	waiters     map[*stream]struct{}
-	gotSettings bool
 	err         *ConnError // the tunnel has ended
 	resets      idRing     // streams that we reset lately
 	endedIDs    idRing     // streams that ended lately

@@ -48,8 +48,20 @@ func (c *conn) onSettings(h frameHeader, b []byte) error {
 	if err := r.acct.settingsFrame(); err != nil {
 		return err
 	}
+	// Of several initial windows the last one counts (RFC 9113 §6.5.3), and only
+	// it is applied: that looks at every stream, and a frame holds thousands.
+	initial := int64(-1)
 	for ; len(b) > 0; b = b[6:] {
-		if err := c.setting(binary.BigEndian.Uint16(b), binary.BigEndian.Uint32(b[2:])); err != nil {
+		id, v := binary.BigEndian.Uint16(b), binary.BigEndian.Uint32(b[2:])
+		if err := c.setting(id, v); err != nil {
+			return err
+		}
+		if id == settingInitialWindowSize {
+			initial = int64(v)
+		}
+	}
+	if initial >= 0 {
+		if err := c.setPeerInitial(initial); err != nil {
 			return err
 		}
 	}
@@ -75,7 +87,6 @@ func (c *conn) setting(id uint16, v uint32) error {
 		if v > maxWindow {
 			return connErr(ErrFlowControl, "SETTINGS_INITIAL_WINDOW_SIZE is %d", v)
 		}
-		return c.setPeerInitial(int64(v))
 	case settingMaxFrameSize:
 		if v < minFrameSize || v > maxFrameSize {
 			return connErr(ErrProtocol, "SETTINGS_MAX_FRAME_SIZE is %d", v)
@@ -364,6 +375,7 @@ func (c *conn) request(id uint32) error {
 		if r.blockEnd {
 			st.endStream()
 		}
+		defer req.cancel(nil)
 		return req.Reject(status, "")
 	}
 	if !st.connect && r.list.length > 0 {

@@ -22,7 +22,7 @@ var (
 	ErrFlood = errors.New("peer exceeded a protocol limit")
 	// ErrExpired is the cause of a tunnel retired because a leaf certificate on
 	// it expired.
-	ErrExpired = errors.New("certificate of the tunnel expired")
+	ErrExpired = errors.New("a certificate of the tunnel has expired, or it has reached its greatest age")
 
 	errHandlerQuit = errors.New("handler returned without a reply")
 	errNoStreams   = errors.New("tunnel takes no new streams")

@@ -124,7 +124,6 @@ type world struct {
 	dialed   atomic.Int64
 	closed   atomic.Int64
 	handler  Handler
-	link     func() (client, server net.Conn)
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	wg       sync.WaitGroup

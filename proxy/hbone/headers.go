@@ -208,7 +208,7 @@ func validValue(s string) bool {
 		return true
 	}
 	blank := func(c byte) bool { return c == ' ' || c == '\t' }
-	return !blank(s[0]) && !blank(s[len(s)-1]) && strings.IndexAny(s, "\x00\r\n") < 0
+	return !blank(s[0]) && !blank(s[len(s)-1]) && !strings.ContainsAny(s, "\x00\r\n")
 }
 
 // connectionField is RFC 9113 §8.2.2.

@@ -9,9 +9,10 @@ const (
 	maxCausedResets   = 100  // resets that the peer's violations made us send, per resetWindow
 	maxQueuedReplies  = 1000 // PING and SETTINGS acknowledgements and resets waiting to be sent
 	maxQueuedFrames   = 10000
-	maxEmptyFrames    = 100   // in a row
-	smallFrame        = 256   // bytes; smaller DATA that has to be queued is counted
-	maxSmallFrames    = 25600 // queued at a time
+	maxCorked         = 1 << 20 // bytes of records that crypto/tls answers by itself (KeyUpdate) to a peer that does not read
+	maxEmptyFrames    = 100     // in a row
+	smallFrame        = 256     // bytes; smaller DATA that has to be queued is counted
+	maxSmallFrames    = 25600   // queued at a time
 	maxContinuations  = 64
 	settingsPerSecond = 10
 	settingsBurst     = 50

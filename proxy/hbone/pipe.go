@@ -108,7 +108,7 @@ func (p *pipe) finish(from uint64) Result {
 			res.Reset, res.Err = ResetByPeer, nil
 		}
 		p.closeAfter()
-	case sockErr != nil && cause == error(sockErr) && isReset(sockErr.Err):
+	case sockErr != nil && errors.Is(cause, sockErr) && isReset(sockErr.Err):
 		res.Reset, res.Err = ResetBySocket, nil
 		_ = p.sock.Abort()
 	default:

@@ -195,7 +195,7 @@ func (p *Pool[K]) pick(k *poolKey[K], avoid *tunnel[K]) (best *tunnel[K]) {
 // holds p.mu.
 func (p *Pool[K]) join(ctx context.Context, key K, k *poolKey[K]) *dialCall[K] {
 	for _, d := range k.dials {
-		if d.waiters < p.cfg.MaxStreams && len(k.tunnels)+len(k.dials) >= p.cfg.ConnsPerKey {
+		if d.waiters > 0 && d.waiters < p.cfg.MaxStreams && len(k.tunnels)+len(k.dials) >= p.cfg.ConnsPerKey {
 			d.waiters++
 			return d
 		}

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,7 +22,6 @@ type rawPeer struct {
 	t    testing.TB
 	nc   net.Conn
 	fr   *http2.Framer
-	wmu  sync.Mutex
 	enc  *hpack.Encoder
 	encB bytes.Buffer
 	in   chan string // what it received, one line per frame, closed at the end

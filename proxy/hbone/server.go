@@ -53,11 +53,11 @@ const (
 
 // ended is called when the stream has ended both ways.
 func (r *Request) ended() {
-	if r.st.answered.Load() {
-		return
-	}
 	if r.state.CompareAndSwap(reqRunning, reqOrphaned) {
 		r.st.c.orphans.Add(1)
+	}
+	if r.st.answered.Load() {
+		return
 	}
 	cause := r.st.Cause()
 	if cause == nil {
@@ -188,6 +188,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h
 	defer cancel(nil)
 	var handlers sync.WaitGroup
 	c.accept = func(req *Request) { s.accept(c, req, h, &handlers) }
+	c.start() // SETTINGS come first, also before the GOAWAY of a Drain
 	s.mu.Lock()
 	s.conns[c] = struct{}{}
 	late = s.draining
@@ -206,7 +207,6 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h
 		}
 	})
 	defer preface.Stop()
-	c.start()
 	c.keepAlive()
 	c.idleAfter(s.cfg.IdleTimeout)
 	c.expireAt()
@@ -214,11 +214,8 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h
 		c.drain()
 	}
 	c.readLoop()
-	if ctx.Err() == nil {
-		cancel(c.end())
-	}
-	handlers.Wait()
 	c.finish()
+	handlers.Wait()
 	return s.result(ctx, c, late)
 }
 

@@ -278,7 +278,7 @@ func (st *stream) reset(code ErrCode, cause error) {
 		c.mu.Unlock()
 	}
 	st.mu.Lock()
-	if st.cause == nil && st.state.Load() != recvClosed|sendClosed {
+	if st.cause == nil && (st.state.Load() != recvClosed|sendClosed || st.pipe != nil && !st.pipe.over) {
 		st.cause = cause
 	}
 	if st.rerr == nil && !st.eof {

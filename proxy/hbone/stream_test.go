@@ -1,3 +1,5 @@
+//lint:file-ignore SA1019 golang.org/x/net/http2 is the reference codec of these tests
+
 package hbone
 
 import (
@@ -23,8 +25,7 @@ func TestNetConn(t *testing.T) {
 	for _, tcp := range []bool{false, true} {
 		nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
 			accepted := make(chan Stream, 1)
-			var w *world
-			w = newWorld(t, worldConfig{tcp: tcp, handler: func(ctx context.Context, r *Request) {
+			w := newWorld(t, worldConfig{tcp: tcp, handler: func(ctx context.Context, r *Request) {
 				st, err := r.Accept()
 				if err != nil {
 					t.Error(err)

@@ -71,6 +71,9 @@ func (c *conn) queueLocked(reply bool, fn func(b []byte) []byte) {
 
 // overflowed tells whether a peer that does not read made us queue too much.
 func (c *conn) overflowed() bool {
+	if c.bc.corked() > maxCorked {
+		return true
+	}
 	c.w.mu.Lock()
 	defer c.w.mu.Unlock()
 	return c.w.overflow
@@ -163,7 +166,7 @@ func (c *conn) writeItem(it *sendItem) error {
 		if err := c.writePlain(frame); err != nil {
 			return err
 		}
-		c.dataSent.Add(1)
+		c.dataSent.Add(uint64(n)>>14 + 1)
 		off, left = off+n, left-n
 	}
 	return nil
