@@ -148,40 +148,39 @@ func (p *pair) checkBulk() {
 // N-17: an established connection survives the shutdown of either proxy, new
 // ones fail, and the proxy ends when the connection does.
 func TestDP_N17_Shutdown(t *testing.T) {
-	for _, side := range []string{"source", "destination"} {
-		t.Run(side, func(t *testing.T) {
-			p := newPair(t, bothCaptured)
-			c := p.dial(chatPort)
-			if err := exchange(c, "before", "before"); err != nil {
-				t.Fatal(err)
-			}
-			s := p.dest
-			if side == "source" {
-				s = p.source
-			}
-			s.terminate()
-			eventually(t, p.ctx, 4*time.Second, func() error {
-				fresh, err := p.client.net.Dial(p.ctx, netip.Addr{}, p.server.at(chatPort))
-				if err != nil {
-					return nil
-				}
-				defer fresh.Close()
-				_ = fresh.SetDeadline(time.Now().Add(time.Second))
-				if err := exchange(fresh, "new", "new"); err != nil {
-					return nil
-				}
-				return errors.New("new connections still work")
-			})
-			if err := exchange(c, "after", "after"); err != nil {
-				t.Errorf("established connection: %v", err)
-			}
-			if err := c.Close(); err != nil {
-				t.Fatal(err)
-			}
-			if code := s.wait(5 * time.Second); code != 0 {
-				t.Errorf("exit code %d, want 0", code)
-			}
-		})
+	t.Run("source", func(t *testing.T) { p := newPair(t, bothCaptured); p.checkShutdown(p.source) })
+	t.Run("destination", func(t *testing.T) { p := newPair(t, bothCaptured); p.checkShutdown(p.dest) })
+}
+
+// checkShutdown is the body of N-17 for one of the two proxies.
+func (p *pair) checkShutdown(s *proxy) {
+	t := p.t
+	t.Helper()
+	c := p.dial(chatPort)
+	if err := exchange(c, "before", "before"); err != nil {
+		t.Fatal(err)
+	}
+	s.terminate()
+	eventually(t, p.ctx, 4*time.Second, func() error {
+		fresh, err := p.client.net.Dial(p.ctx, netip.Addr{}, p.server.at(chatPort))
+		if err != nil {
+			return nil
+		}
+		defer fresh.Close()
+		_ = fresh.SetDeadline(time.Now().Add(time.Second))
+		if err := exchange(fresh, "new", "new"); err != nil {
+			return nil
+		}
+		return errors.New("new connections still work")
+	})
+	if err := exchange(c, "after", "after"); err != nil {
+		t.Errorf("established connection: %v", err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if code := s.wait(5 * time.Second); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
 	}
 }
 

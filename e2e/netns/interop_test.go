@@ -40,8 +40,31 @@ func TestInterop(t *testing.T) {
 				o.policies = denyChat
 				newPair(t, o).checkDenied()
 			})
+			t.Run("D11 many denied", func(t *testing.T) {
+				o := role.o
+				o.policies = denyChat
+				newPair(t, o).checkManyDenied()
+			})
+			t.Run("N-17 shutdown", func(t *testing.T) {
+				p := newPair(t, role.o)
+				ours := p.source
+				if role.o.source.peer {
+					ours = p.dest
+				}
+				p.checkShutdown(ours)
+			})
 		})
 	}
+	t.Run("source alone", func(t *testing.T) { // N-02 with a peer
+		newPair(t, pairOptions{captureClient: true, source: theirs}).checkExchange()
+	})
+	t.Run("destination alone", func(t *testing.T) {
+		o := pairOptions{captureServ: true, dest: theirs}
+		t.Run("N-03", func(t *testing.T) { newPair(t, o).checkExchange() })
+		t.Run("N-19", func(t *testing.T) { checkPrincipals(t, theirs) })
+		t.Run("N-20", func(t *testing.T) { newPair(t, o).checkIPMismatch() })
+		t.Run("N-24", func(t *testing.T) { newPair(t, o).checkTrustDomain() })
+	})
 }
 
 // checkDenied expects that port chatPort is denied at the destination, and that

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -85,7 +86,9 @@ const strangerID = "spiffe://cluster.local/ns/istio-system/sa/ztunnel"
 
 // N-19: a client made by hand meets an ALLOW policy that is not for it.
 // Principals are written without a scheme: one that has it matches nobody.
-func TestDP_N19_Policy(t *testing.T) {
+func TestDP_N19_Policy(t *testing.T) { checkPrincipals(t, proxyOptions{}) }
+
+func checkPrincipals(t *testing.T, dest proxyOptions) {
 	const allowed = "cluster.local/ns/default/sa/other"
 	for _, tc := range []struct {
 		name, principal, id string
@@ -96,7 +99,7 @@ func TestDP_N19_Policy(t *testing.T) {
 		{"with scheme", "spiffe://" + allowed, "spiffe://" + allowed, 401},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			p := newPair(t, pairOptions{captureServ: true, policies: fmt.Sprintf(allowPrincipal, tc.principal)})
+			p := newPair(t, pairOptions{captureServ: true, dest: dest, policies: fmt.Sprintf(allowPrincipal, tc.principal)})
 			expectStatus(t, p.client, p.server, tc.id, p.server.at(chatPort).String(), tc.want)
 			if tc.want == 401 {
 				p.dest.expect(p.ctx, fields{
@@ -108,26 +111,76 @@ func TestDP_N19_Policy(t *testing.T) {
 	}
 }
 
+// D11: ten thousand denied connections over one tunnel are no flood; a stream
+// beside them is not harmed.
+func TestD11_ManyDenied(t *testing.T) {
+	o := bothCaptured
+	o.policies = denyChat
+	newPair(t, o).checkManyDenied()
+}
+
+func (p *pair) checkManyDenied() {
+	t := p.t
+	t.Helper()
+	canary := p.dial(doublePort)
+	if err := exchange(canary, greeting, greeting+greeting); err != nil {
+		t.Fatal(err)
+	}
+	const clients, each = 20, 500
+	var wg sync.WaitGroup
+	for range clients {
+		wg.Go(func() {
+			for range each {
+				c, err := p.client.net.Dial(p.ctx, netip.Addr{}, p.server.at(chatPort))
+				if err != nil {
+					t.Errorf("dial: %v", err)
+					return
+				}
+				_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+				err = exchange(c, "denied", "denied")
+				c.Close()
+				if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("a denied connection: %v, want its end", err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := exchange(canary, greeting, greeting+greeting); err != nil {
+		t.Errorf("the stream beside them: %v", err)
+	}
+	p.dest.expectMetric(p.ctx, "istio_tcp_connections_failed_total", map[string]string{"response_flags": "DENY"}, clients*each)
+}
+
 // N-20: the authority names another pod.
 func TestDP_N20_IPMismatch(t *testing.T) {
-	p := newPair(t, pairOptions{captureServ: true})
-	expectStatus(t, p.client, p.server, strangerID, p.client.at(chatPort).String(), 400)
+	newPair(t, pairOptions{captureServ: true}).checkIPMismatch()
+}
+
+func (p *pair) checkIPMismatch() {
+	p.t.Helper()
+	expectStatus(p.t, p.client, p.server, strangerID, p.client.at(chatPort).String(), 400)
 	p.dest.expect(p.ctx, fields{"error": fmt.Sprintf("ip mismatch: %v != %v", p.server.addr, p.client.addr)})
-	expectStatus(t, p.client, p.server, strangerID, p.server.at(chatPort).String(), 200)
+	expectStatus(p.t, p.client, p.server, strangerID, p.server.at(chatPort).String(), 200)
 }
 
 // N-24: a certificate of another trust domain, though of the same root.
 func TestDP_N24_TrustDomain(t *testing.T) {
-	p := newPair(t, pairOptions{captureServ: true})
+	newPair(t, pairOptions{captureServ: true}).checkTrustDomain()
+}
+
+func (p *pair) checkTrustDomain() {
+	p.t.Helper()
 	tun, err := openTunnel(p.client, p.server, "spiffe://other.domain/ns/default/sa/client")
 	if err == nil { // TLS 1.3: the client is done before the server has judged
 		var status int
 		if status, err = tun.connect(p.server.at(chatPort).String()); err == nil {
-			t.Errorf("got status %d, want a refused handshake", status)
+			p.t.Errorf("got status %d, want a refused handshake", status)
 		}
 	}
 	if err != nil && !strings.Contains(err.Error(), "tls:") && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
-		t.Errorf("got %v, want a TLS alert or a reset", err)
+		p.t.Errorf("got %v, want a TLS alert or a reset", err)
 	}
 }
 

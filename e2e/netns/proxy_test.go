@@ -268,12 +268,18 @@ func (s *proxy) expectMetrics(ctx context.Context, reporter string, labels map[s
 		"istio_tcp_received_bytes_total":     received,
 		"istio_tcp_sent_bytes_total":         sent,
 	} {
-		eventually(s.t, ctx, 10*time.Second, func() error {
-			got, err := s.metric(name, want)
-			if err == nil && got != value {
-				err = fmt.Errorf("%s of %s with %v: got %v, want %v", name, s.name, want, got, value)
-			}
-			return err
-		})
+		s.expectMetric(ctx, name, want, value)
 	}
+}
+
+// expectMetric waits until the series with these labels sum up to value.
+func (s *proxy) expectMetric(ctx context.Context, name string, labels map[string]string, value float64) {
+	s.t.Helper()
+	eventually(s.t, ctx, 10*time.Second, func() error {
+		got, err := s.metric(name, labels)
+		if err == nil && got != value {
+			err = fmt.Errorf("%s of %s with %v: got %v, want %v", name, s.name, labels, got, value)
+		}
+		return err
+	})
 }
