@@ -35,7 +35,7 @@ func TestWorld_Namespaces(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	host, err := os.Readlink("/proc/self/ns/net")
+	host, err := os.Readlink("/proc/thread-self/ns/net") // /proc/self is the first thread, which a namespace may have taken
 	if err != nil {
 		t.Fatal(err)
 	}
