@@ -80,6 +80,9 @@ func (h *hold) apply(ctx context.Context, ev Event) (hurry bool) {
 	kept := h.own != nil && !h.own.expired(time.Now())
 	switch ev.State {
 	case Available:
+		if h.own != nil && h.own.Cert != ev.SVID.Cert {
+			h.m.cfg.Metrics.renewed(h.key.key.Provider)
+		}
 		h.own = ev.SVID
 		h.publishSVID()
 		h.m.poke() // the sweeper should know NotAfter

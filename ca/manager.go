@@ -22,6 +22,8 @@ type ManagerConfig struct {
 	AnyID bool
 	// Validation overrides the mode in which delivered certificates are judged.
 	Validation Validation
+	// Metrics; nil counts nothing.
+	Metrics *Metrics
 	// Logger; nil discards.
 	Logger *slog.Logger
 }

@@ -80,7 +80,13 @@ type Router interface {
 
 // The errors on which callers branch.
 var (
-	ErrDenied   = errors.New("the certificate provider denied the identity")
+	// ErrDenied: the backend knows us and says no to this identity.
+	ErrDenied = errors.New("the certificate provider denied the identity")
+	// ErrConfig: as it is set up, our side or the backend's, no attempt can succeed.
+	// It is retried all the same, since both can be mended without us.
+	ErrConfig = errors.New("the certificate provider is misconfigured")
+	// ErrRejected: the backend answered, and what it sent did not pass our checks.
+	ErrRejected = errors.New("the certificate was rejected")
 	ErrReleased = errors.New("the identity is no longer needed")
 	ErrExpired  = errors.New("the certificate has expired")
 )

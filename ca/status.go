@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"crypto/x509"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -27,6 +28,9 @@ type Status struct {
 	NotAfter  time.Time
 	Renewal   time.Time // of the provider's next attempt; zero if its backend pushes
 	Leases    int       // 0 while it lingers
+	// Pods are the workloads that hold a lease, as namespace/name, sorted, each
+	// once. Leases whose WorkloadRef names no pod are not among them.
+	Pods []string
 }
 
 // String is the state as Go names it; [Status].Text has the words for users.
@@ -68,6 +72,7 @@ func (h *hold) status() Status {
 		Err:      h.lastErr,
 		Renewal:  h.next,
 		Leases:   len(h.leases) + len(h.moving),
+		Pods:     h.pods(),
 	}
 	switch h.view.state {
 	case Pending:
@@ -87,4 +92,16 @@ func (h *hold) status() Status {
 		}
 	}
 	return s
+}
+
+func (h *hold) pods() []string {
+	pods := make(map[string]struct{})
+	for _, leases := range []map[*Lease]struct{}{h.leases, h.moving} {
+		for l := range leases {
+			if l.ref.Pod != "" {
+				pods[l.ref.Namespace+"/"+l.ref.Pod] = struct{}{}
+			}
+		}
+	}
+	return slices.Sorted(maps.Keys(pods))
 }

@@ -214,10 +214,23 @@ func (s *SVID) serial() string {
 	return s.Cert.Leaf.SerialNumber.String()
 }
 
+// rejected is an error of check. It has the text of its reason, and is an
+// [ErrRejected].
+type rejected struct{ error }
+
+func (r rejected) Unwrap() []error { return []error{r.error, ErrRejected} }
+
 // check judges an SVID that a provider delivered for want, before it is
-// published. With anyID the certificate's own identity stands, whatever was
+// published: every error is an [ErrRejected]. With anyID the certificate's own identity stands, whatever was
 // asked for. Wrong parts are named by the texts of the identity spec §1.11.
 func (s *SVID) check(want spiffeid.ID, anyID bool, validation Validation, now time.Time) error {
+	if err := s.judge(want, anyID, validation, now); err != nil {
+		return rejected{err}
+	}
+	return nil
+}
+
+func (s *SVID) judge(want spiffeid.ID, anyID bool, validation Validation, now time.Time) error {
 	if s == nil || s.Cert == nil || s.Cert.Leaf == nil || len(s.Cert.Certificate) == 0 {
 		return fmt.Errorf("chain returned from CA is empty for: %s", want)
 	}

@@ -70,8 +70,9 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 		return nil, err
 	}
 	manager := managerConfig(cfg, trust)
-	manager.Logger = n.slog
+	manager.Logger, manager.Metrics = n.slog, ca.NewMetrics(registry)
 	n.certs = ca.NewManager(single{parts.provider}, manager)
+	registry.MustRegister(n.certs)
 	data := dataPathConfig(cfg)
 	data.Network, data.Store, data.Certs, data.Log = parts.network, n.store, n.certs, n.slog
 	data.Metrics = proxy.NewMetrics(registry, metricsConfig(cfg))
