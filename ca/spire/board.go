@@ -1,0 +1,116 @@
+package spire
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+)
+
+// board shows the bundles that one stream delivers for all workloads. Each
+// workload sees its own trust domain and those that it federates with, and no
+// others (design D2).
+type board struct {
+	mu         sync.Mutex // guards what follows
+	anchors    map[spiffeid.TrustDomain][]ca.Anchor
+	all        *ca.Bundles // the same, to compare with
+	err        error       // why there are none yet
+	changed    chan struct{}
+	generation uint64
+	cut        map[string]*excerpt // by the names of its trust domains
+}
+
+// excerpt is the part of the board that some workloads share.
+type excerpt struct {
+	bundles    *ca.Bundles
+	generation uint64
+}
+
+func newBoard() *board {
+	return &board{changed: make(chan struct{}), cut: make(map[string]*excerpt)}
+}
+
+// errNoBundles is the state before the first message.
+var errNoBundles = errors.New("the agent has not sent its bundles yet")
+
+// set replaces everything.
+func (b *board) set(anchors map[spiffeid.TrustDomain][]ca.Anchor) {
+	all := ca.NewBundles(anchors)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.err = nil
+	if b.all != nil && b.all.Equal(all) {
+		return
+	}
+	b.anchors, b.all = anchors, all
+	b.generation++
+	b.signal()
+}
+
+// fail notes why there are no bundles. What is shown stays.
+func (b *board) fail(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.all == nil && text(b.err) != text(err) {
+		b.err = err
+		b.signal()
+	}
+}
+
+// signal is called with the lock held.
+func (b *board) signal() {
+	close(b.changed)
+	b.changed = make(chan struct{})
+}
+
+// changes is closed with the next change.
+func (b *board) changes() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.changed
+}
+
+// bundles are those of own, which must be there, and of federates, as far as
+// they are.
+func (b *board) bundles(own spiffeid.TrustDomain, federates []spiffeid.TrustDomain) (*ca.Bundles, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.all == nil {
+		if b.err != nil {
+			return nil, fmt.Errorf("%w: %w", errNoBundles, b.err)
+		}
+		return nil, errNoBundles
+	}
+	if !b.all.Has(own) {
+		return nil, fmt.Errorf("the agent has no bundle of trust domain %q: it is of another one, or does not federate with it", own.Name())
+	}
+	domains := slices.Clone(federates)
+	domains = append(domains, own)
+	slices.SortFunc(domains, byName)
+	domains = slices.Compact(domains)
+	names := make([]string, len(domains))
+	for i, td := range domains {
+		names[i] = td.Name()
+	}
+	key := strings.Join(names, ",")
+	e := b.cut[key]
+	if e == nil {
+		e = new(excerpt)
+		b.cut[key] = e
+	}
+	if e.bundles == nil || e.generation != b.generation {
+		part := make(map[spiffeid.TrustDomain][]ca.Anchor, len(domains))
+		for _, td := range domains {
+			if anchors, ok := b.anchors[td]; ok {
+				part[td] = anchors
+			}
+		}
+		e.bundles, e.generation = ca.NewBundles(part).Keep(e.bundles), b.generation
+	}
+	return e.bundles, nil
+}

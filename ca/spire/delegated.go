@@ -1,0 +1,241 @@
+package spire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	delegatedv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/delegatedidentity/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+)
+
+// delegated speaks the Delegated Identity API of SPIRE
+// (spire.api.agent.delegatedidentity.v1): a stream of SVIDs for each workload,
+// one of bundles for all.
+type delegated struct {
+	cfg       DelegatedConfig
+	selectors selectorTemplates
+	link      *link
+	board     *board
+	again     chan struct{} // one slot: the bundles should be asked for anew
+}
+
+var _ ca.Provider = (*delegated)(nil)
+
+// NewDelegated makes the provider "spire-delegated". The agent trusts the
+// selectors that it sends: whoever holds the admin socket, and is a delegate, can
+// be any workload of the node.
+func NewDelegated(cfg DelegatedConfig) (ca.Provider, error) {
+	if err := cfg.complete("spire-delegated"); err != nil {
+		return nil, err
+	}
+	if cfg.TrustDomain.IsZero() {
+		cfg.TrustDomain = spiffeid.RequireTrustDomainFromString("cluster.local")
+	}
+	if cfg.Resync <= 0 {
+		cfg.Resync = 5 * time.Minute
+	}
+	selectors, err := parseSelectors(cfg.Selectors)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", cfg.Name, err)
+	}
+	return &delegated{
+		cfg: cfg, selectors: selectors,
+		link:  newLink(cfg.Dial, insecure.NewCredentials()), // the socket's mode and SO_PEERCRED authenticate
+		board: newBoard(),
+		again: make(chan struct{}, 1),
+	}, nil
+}
+
+// Name implements ca.Provider.
+func (d *delegated) Name() string { return d.cfg.Name }
+
+// Key implements ca.Provider: SPIRE issues one SVID for each pod.
+func (d *delegated) Key(w ca.WorkloadRef) ca.Key {
+	return ca.Key{Provider: d.cfg.Name, ID: w.ID, UID: w.UID}
+}
+
+// Run implements ca.Provider: it owns the connection and the stream of bundles.
+func (d *delegated) Run(ctx context.Context) error {
+	var bundles sync.WaitGroup
+	defer bundles.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	follower := &stream[map[spiffeid.TrustDomain][]ca.Anchor]{
+		cfg: &d.cfg.Common, link: d.link, open: d.openBundles, explain: d.explain,
+		// The agent never takes back a federated bundle within a stream.
+		life: d.cfg.Resync, again: d.again,
+		report: func(anchors map[spiffeid.TrustDomain][]ca.Anchor, _ bool) { d.board.set(anchors) },
+		broken: func(err error, _ time.Time) { d.board.fail(err) },
+	}
+	bundles.Go(func() { follower.follow(ctx) })
+	return d.link.run(ctx)
+}
+
+// Watch implements ca.Provider.
+func (d *delegated) Watch(ctx context.Context, w ca.WorkloadRef, update func(ca.Event)) error {
+	request, guard, err := d.request(w)
+	if err != nil {
+		update(ca.Event{State: ca.Unavailable, Err: err})
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	what := "the agent knows no entry for the process of the workload"
+	if len(request.GetSelectors()) > 0 {
+		what = "no SPIRE entry for this agent matches the selectors " + selectorsText(request.GetSelectors())
+	}
+	s := &subscription{
+		cfg: &d.cfg.Common, link: d.link, want: w.ID, board: d.board, explain: d.explain, nothing: what,
+		open: func(ctx context.Context, conn *grpc.ClientConn) (func() (*answer, error), error) {
+			return d.openSVIDs(ctx, conn, request, guard)
+		},
+	}
+	return s.watch(ctx, update)
+}
+
+// request names w to the agent. guard, if not nil, says before and after each
+// answer whether the process is still the one that was named.
+func (d *delegated) request(w ca.WorkloadRef) (_ *delegatedv1.SubscribeToX509SVIDsRequest, guard func() error, err error) {
+	if d.cfg.ByPID {
+		p, err := newProcess(w)
+		if err != nil {
+			return nil, nil, err
+		}
+		return &delegatedv1.SubscribeToX509SVIDsRequest{Pid: p.pid}, p.alive, nil
+	}
+	selectors, err := d.selectors.selectorsOf(w, d.cfg.Node)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &delegatedv1.SubscribeToX509SVIDsRequest{Selectors: selectors}, nil, nil
+}
+
+func (d *delegated) openSVIDs(ctx context.Context, conn *grpc.ClientConn, request *delegatedv1.SubscribeToX509SVIDsRequest, guard func() error) (func() (*answer, error), error) {
+	if guard == nil {
+		guard = func() error { return nil }
+	}
+	if err := guard(); err != nil {
+		return nil, err
+	}
+	recv, err := delegatedv1.NewDelegatedIdentityClient(conn).SubscribeToX509SVIDs(ctx, request)
+	if err != nil {
+		return nil, err
+	}
+	var before []string
+	return func() (*answer, error) {
+		message, err := recv.Recv()
+		if err == nil {
+			err = guard() // the agent may have attested the successor of a process that ended
+		}
+		if err != nil {
+			return nil, err
+		}
+		if names := message.GetFederatesWith(); !equalSets(names, before) {
+			before = names
+			d.askAgain()
+		}
+		return delegatedAnswer(message)
+	}, nil
+}
+
+// delegatedAnswer reads a message.
+func delegatedAnswer(message *delegatedv1.SubscribeToX509SVIDsResponse) (*answer, error) {
+	a := new(answer)
+	for _, s := range message.GetX509Svids() {
+		svid := s.GetX509Svid()
+		a.grants = append(a.grants, grant{id: idText(svid.GetId()), chain: joinDER(svid.GetCertChain()), key: s.GetX509SvidKey()})
+	}
+	for _, name := range message.GetFederatesWith() {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return nil, fmt.Errorf("%w: federated trust domain %.300q: %w", ca.ErrRejected, name, err)
+		}
+		a.federates = append(a.federates, td)
+	}
+	return a, nil
+}
+
+func idText(id *types.SPIFFEID) string {
+	return "spiffe://" + id.GetTrustDomain() + id.GetPath()
+}
+
+// equalSets compares short lists without regard to order.
+func equalSets(a, b []string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	seen := make(map[string]struct{}, len(a))
+	for _, s := range a {
+		seen[s] = struct{}{}
+	}
+	for _, s := range b {
+		if _, ok := seen[s]; !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// askAgain has the bundles subscribed to anew: a workload's federation changed.
+func (d *delegated) askAgain() {
+	select {
+	case d.again <- struct{}{}:
+	default: // asked already
+	}
+}
+
+func (d *delegated) openBundles(ctx context.Context, conn *grpc.ClientConn) (func() (map[spiffeid.TrustDomain][]ca.Anchor, error), error) {
+	recv, err := delegatedv1.NewDelegatedIdentityClient(conn).SubscribeToX509Bundles(ctx, &delegatedv1.SubscribeToX509BundlesRequest{})
+	if err != nil {
+		return nil, err
+	}
+	return func() (map[spiffeid.TrustDomain][]ca.Anchor, error) {
+		message, err := recv.Recv()
+		if err != nil {
+			return nil, err
+		}
+		return parseBundles(d.cfg.Name, message.GetCaCertificates())
+	}, nil
+}
+
+// WatchBundles implements ca.Provider. The agent's own trust domain is what the
+// operator trusts by listing the provider; federated ones are granted to single
+// workloads with their SVIDs.
+func (d *delegated) WatchBundles(ctx context.Context, _ ca.WorkloadRef, update func(*ca.Bundles)) error {
+	for {
+		changed := d.board.changes()
+		if bundles, err := d.board.bundles(d.cfg.TrustDomain, nil); err == nil {
+			update(bundles)
+		} else if !errors.Is(err, errNoBundles) {
+			update(ca.NewBundles(nil))
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// delegatedAdvice is what the errors of the Delegated Identity API mean.
+var delegatedAdvice = []advice{
+	{codes.PermissionDenied, "no identity issued", ca.ErrDenied,
+		"SPIRE has no entry for this proxy on this node yet; the delegate needs one, whatever the workloads have"},
+	{codes.PermissionDenied, "not configured as an authorized delegate", ca.ErrDenied,
+		"add the proxy's SPIFFE ID to authorized_delegates of the agent"},
+	{codes.PermissionDenied, "", ca.ErrDenied, "the agent does not accept this proxy as a delegate"},
+	{codes.Unimplemented, "", ca.ErrConfig,
+		"this is not the admin socket of a SPIRE agent; SPIRE_ADMIN_ENDPOINT_SOCKET must name admin_socket_path, not socket_path"},
+	{codes.InvalidArgument, "", ca.ErrConfig, "the agent refuses the reference to the workload"},
+	{codes.Unavailable, "workload attestation failed", nil, "the agent could not attest the process of the workload"},
+}
+
+func (d *delegated) explain(err error) error { return explain(err, d.link.lastDial(), delegatedAdvice) }

@@ -1,0 +1,100 @@
+package spire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+)
+
+// advice is what an error of the agent means, and what to do about it.
+type advice struct {
+	code codes.Code
+	text string // part of the message, "" for any
+	kind error  // ca.ErrDenied, ca.ErrConfig, errGone; nil: it may pass by itself
+	hint string
+}
+
+// explain gives an error its class by the first advice that fits. It is the only
+// place that sees gRPC's codes.
+func explain(err error, dialErr error, advices []advice) error {
+	if err == nil || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ca.ErrRejected) || errors.Is(err, errGone) {
+		return err
+	}
+	if errors.Is(err, io.EOF) {
+		return errors.New("the agent ended the stream")
+	}
+	st, ok := status.FromError(err)
+	if !ok {
+		return err
+	}
+	if st.Code() == codes.Unavailable && dialErr != nil {
+		return explainDial(dialErr)
+	}
+	for _, a := range advices {
+		if a.code != st.Code() || !strings.Contains(st.Message(), a.text) {
+			continue
+		}
+		if a.kind == nil {
+			return fmt.Errorf("%s (%s: %s)", a.hint, st.Code(), st.Message())
+		}
+		return fmt.Errorf("%w: %s (%s: %s)", a.kind, a.hint, st.Code(), st.Message())
+	}
+	return fmt.Errorf("the agent answered %s: %s", st.Code(), st.Message())
+}
+
+// explainDial says what to do about a socket to which we cannot connect.
+func explainDial(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("connect to the agent: %w: the agent does not run, or the directory of the socket is not mounted", err)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("connect to the agent: %w: give the proxy the group of the socket, or the capability DAC_OVERRIDE", err)
+	}
+	return fmt.Errorf("connect to the agent: %w", err)
+}
+
+// complaintInterval is how often one and the same trouble is logged: every
+// workload has it.
+const complaintInterval = time.Minute
+
+// complaints logs the troubles of a provider. It is safe for concurrent use.
+type complaints struct {
+	mu     sync.Mutex // guards logged
+	logged map[string]time.Time
+}
+
+func (c *complaints) log(ctx context.Context, log *slog.Logger, err error) {
+	if errors.Is(err, errGone) {
+		return // it is about one workload, and told there
+	}
+	now := time.Now()
+	key := err.Error()
+	c.mu.Lock()
+	for k, at := range c.logged {
+		if now.Sub(at) >= complaintInterval {
+			delete(c.logged, k)
+		}
+	}
+	_, known := c.logged[key]
+	if !known {
+		if c.logged == nil {
+			c.logged = make(map[string]time.Time)
+		}
+		c.logged[key] = now
+	}
+	c.mu.Unlock()
+	if !known {
+		log.WarnContext(ctx, "no stream from the SPIRE agent, certificates stay as they are until they expire", "error", err.Error())
+	}
+}

@@ -1,0 +1,111 @@
+package spire
+
+import (
+	"cmp"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+)
+
+// grant is one SVID of a message, not yet looked into.
+type grant struct {
+	id    string // as the message names it
+	chain []byte // DER certificates one behind the other, leaf first
+	key   []byte // PKCS #8 DER
+}
+
+// candidate is a grant of the identity that we want.
+type candidate struct {
+	chain []*x509.Certificate
+	key   []byte
+}
+
+// choose picks, of the grants of one message, the one for want: by exact
+// identity, then by the latest expiry, then the first. It returns nil when none
+// is of want, with the others' identities for the log.
+func choose(grants []grant, want spiffeid.ID) (best *candidate, others []string, err error) {
+	text := want.String()
+	for _, g := range grants {
+		if g.id != text {
+			others = append(others, g.id)
+			continue
+		}
+		chain, err := x509.ParseCertificates(g.chain)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w: the certificates of %s cannot be parsed: %w", ca.ErrRejected, want, err)
+		}
+		if len(chain) == 0 {
+			return nil, nil, fmt.Errorf("%w: chain returned from the agent is empty for: %s", ca.ErrRejected, want)
+		}
+		if best == nil || chain[0].NotAfter.After(best.chain[0].NotAfter) {
+			best = &candidate{chain, g.key}
+		}
+	}
+	slices.Sort(others)
+	return best, others, nil
+}
+
+// svid makes the SVID of a candidate.
+func (c *candidate) svid(provider string, bundles *ca.Bundles) (*ca.SVID, error) {
+	parsed, err := x509.ParsePKCS8PrivateKey(c.key)
+	if err != nil {
+		return nil, fmt.Errorf("%w: the private key is no PKCS #8 key", ca.ErrRejected) // the cause may quote bytes of it
+	}
+	key, ok := parsed.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("%w: the private key cannot sign", ca.ErrRejected)
+	}
+	svid, err := ca.NewSVID(provider, c.chain, key, bundles)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ca.ErrRejected, err)
+	}
+	return svid, nil
+}
+
+// parseAnchors reads the bundle of one trust domain: DER certificates one behind
+// the other. An empty one is a bundle that trusts nobody (R31).
+func parseAnchors(provider string, der []byte) ([]ca.Anchor, error) {
+	certs, err := x509.ParseCertificates(der)
+	if err != nil {
+		return nil, err
+	}
+	anchors := make([]ca.Anchor, len(certs))
+	for i, c := range certs {
+		anchors[i] = ca.Anchor{Cert: c, Provider: provider, Mode: ca.Strict}
+	}
+	return anchors, nil
+}
+
+// parseBundles reads a message's map of bundles, by trust domain name or ID. A
+// bundle that cannot be read makes the message useless: what it replaces may be
+// what we trust too much (R43).
+func parseBundles(provider string, m map[string][]byte) (map[spiffeid.TrustDomain][]ca.Anchor, error) {
+	out := make(map[spiffeid.TrustDomain][]ca.Anchor, len(m))
+	for name, der := range m {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return nil, fmt.Errorf("%w: bundle of %.300q: %w", ca.ErrRejected, name, err)
+		}
+		if _, twice := out[td]; twice {
+			return nil, fmt.Errorf("%w: there are two bundles of trust domain %q", ca.ErrRejected, td.Name())
+		}
+		if out[td], err = parseAnchors(provider, der); err != nil {
+			return nil, fmt.Errorf("%w: bundle of trust domain %q: %w", ca.ErrRejected, td.Name(), err)
+		}
+	}
+	return out, nil
+}
+
+// joinDER puts DER certificates one behind the other.
+func joinDER(certs [][]byte) []byte { return slices.Concat(certs...) }
+
+var errNoMessage = errors.New("the agent sent no message")
+
+// byName orders trust domains.
+func byName(a, b spiffeid.TrustDomain) int { return cmp.Compare(a.Name(), b.Name()) }

@@ -1,0 +1,262 @@
+package spire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+)
+
+// answer is the full state that an API reports of one workload.
+type answer struct {
+	grants []grant
+	// federates are the trust domains that the workload federates with, where the
+	// bundles come by a stream of their own.
+	federates []spiffeid.TrustDomain
+	// bundles are the workload's, where they come with the SVIDs.
+	bundles *ca.Bundles
+}
+
+// errGone says that the agent no longer knows the workload, or not for us: its
+// SVID is taken back, as if it were absent from a full state.
+var errGone = fmt.Errorf("%w: the agent does not know the workload", ca.ErrDenied)
+
+// subscription turns the stream of one workload into events (design D23).
+type subscription struct {
+	cfg     *Common
+	link    *link
+	want    spiffeid.ID
+	open    func(ctx context.Context, conn *grpc.ClientConn) (recv func() (*answer, error), err error)
+	explain func(error) error
+	// nothing says why the agent may have nothing for the workload.
+	nothing string
+	board   *board // nil: the bundles come with the SVIDs
+}
+
+// report is what the stream's goroutine tells.
+type report struct {
+	answer *answer // nil: the stream is broken
+	fresh  bool    // the first answer of its stream
+	err    error
+	next   time.Time
+}
+
+// watch is ca.Provider's Watch.
+func (s *subscription) watch(ctx context.Context, update func(ca.Event)) error {
+	var receiver sync.WaitGroup
+	defer receiver.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	reports := make(chan report)
+	tell := func(r report) {
+		select {
+		case reports <- r:
+		case <-ctx.Done():
+		}
+	}
+	follower := &stream[*answer]{
+		cfg: s.cfg, link: s.link, open: s.open, explain: s.explain,
+		report: func(a *answer, fresh bool) { tell(report{answer: a, fresh: fresh}) },
+		broken: func(err error, next time.Time) { tell(report{err: err, next: next}) },
+	}
+	receiver.Go(func() { follower.follow(ctx) })
+
+	j := &judge{s: s, update: update, grace: time.NewTimer(0)}
+	j.stopGrace()
+	defer j.grace.Stop()
+	for {
+		var bundles <-chan struct{}
+		if s.board != nil {
+			bundles = s.board.changes()
+		}
+		j.decide(ctx)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case r := <-reports:
+			j.take(r)
+		case <-bundles:
+		case <-j.grace.C:
+			j.graceOver = true
+		}
+	}
+}
+
+// judge decides what the latest report means. It belongs to one goroutine.
+type judge struct {
+	s      *subscription
+	update func(ca.Event)
+
+	latest *answer // of the agent; nil before the first
+	best   *candidate
+	others []string // identities that were granted instead
+	bad    error    // why latest is of no use
+	gone   error    // the agent said so, errGone
+	broken error    // why there is no stream; nil while there is one
+	next   time.Time
+
+	grace     *time.Timer
+	inGrace   bool
+	graceOver bool
+	had       bool // an SVID was reported, and not taken back
+	withdrawn bool // one was, and is taken back
+
+	said ca.Event // the latest event
+	leaf string   // of its SVID, DER
+}
+
+// take notes a report.
+func (j *judge) take(r report) {
+	j.broken, j.next = r.err, r.next
+	if r.answer == nil {
+		if errors.Is(r.err, errGone) {
+			j.gone = r.err
+		}
+		return
+	}
+	j.latest, j.gone = r.answer, nil
+	j.best, j.others, j.bad = choose(r.answer.grants, j.s.want)
+	if r.fresh && j.inGrace {
+		j.stopGrace() // a stream that begins with nothing may only be early
+	}
+}
+
+// decide reports what is so now, if it has changed.
+func (j *judge) decide(ctx context.Context) {
+	switch {
+	case j.gone != nil:
+		j.nothing(ctx, j.gone)
+	case j.latest == nil && j.broken == nil:
+		// no answer yet
+	case j.latest == nil:
+		j.say(ca.Event{State: ca.Unavailable, Err: j.broken, Next: j.next})
+	case j.bad != nil:
+		j.say(ca.Event{State: ca.Unavailable, Err: j.bad})
+	case j.best == nil:
+		j.nothing(ctx, j.absent(ctx))
+	default:
+		j.granted(ctx)
+	}
+}
+
+// absent is the error of a state without our identity.
+func (j *judge) absent(ctx context.Context) error {
+	if len(j.others) == 0 {
+		return fmt.Errorf("%w: %s", ca.ErrDenied, j.s.nothing)
+	}
+	j.s.cfg.Logger.DebugContext(ctx, "the agent grants other identities", "identity", j.s.want, "granted", strings.Join(j.others, ","))
+	return fmt.Errorf("did not find expected SAN: %s", j.s.want)
+}
+
+// nothing handles a state without our identity: at first it only means that
+// SPIRE is not ready, later that it took the identity back.
+func (j *judge) nothing(ctx context.Context, why error) {
+	switch {
+	case j.had && !j.graceOver:
+		if !j.inGrace {
+			j.inGrace = true
+			j.grace.Reset(j.s.cfg.WithdrawGrace)
+		}
+		return
+	case j.had || j.withdrawn:
+		j.stopGrace()
+		if j.had {
+			j.s.cfg.Logger.WarnContext(ctx, "SPIRE took the identity back, it is no longer used and its tunnels end", "identity", j.s.want, "error", why.Error())
+		}
+		j.had, j.withdrawn = false, true
+		j.say(ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
+	case j.gone != nil:
+		j.say(ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
+	case len(j.others) > 0:
+		j.say(ca.Event{State: ca.Unavailable, Err: why})
+	case j.broken != nil:
+		j.say(ca.Event{State: ca.Unavailable, Err: j.broken, Next: j.next})
+	default:
+		j.say(ca.Event{State: ca.Pending, Err: why})
+	}
+}
+
+func (j *judge) stopGrace() {
+	j.grace.Stop()
+	j.inGrace, j.graceOver = false, false
+}
+
+// granted handles a state with our identity.
+func (j *judge) granted(ctx context.Context) {
+	j.stopGrace()
+	bundles := j.latest.bundles
+	if j.s.board != nil {
+		var err error
+		if bundles, err = j.s.board.bundles(j.s.want.TrustDomain(), j.latest.federates); err != nil {
+			if !j.had {
+				j.say(ca.Event{State: ca.Pending, Err: err})
+			}
+			return
+		}
+	}
+	leaf := j.best.chain[0]
+	if !time.Now().Before(leaf.NotAfter) {
+		if j.broken == nil {
+			j.say(ca.Event{State: ca.Unavailable, Err: fmt.Errorf("%w: the agent delivered a certificate of %s that ended at %s",
+				ca.ErrExpired, j.s.want, leaf.NotAfter.UTC().Format(time.RFC3339))})
+		} else {
+			j.say(ca.Event{State: ca.Unavailable, Err: j.broken, Next: j.next})
+		}
+		return
+	}
+	j.had, j.withdrawn = true, false
+	if j.leaf == string(leaf.Raw) && j.said.SVID != nil && j.said.SVID.Bundles.Equal(bundles) {
+		j.still()
+		return
+	}
+	svid, err := j.best.svid(j.s.cfg.Name, bundles)
+	if err != nil {
+		j.say(ca.Event{State: ca.Unavailable, Err: err})
+		return
+	}
+	j.leaf = string(leaf.Raw)
+	j.say(ca.Event{State: ca.Available, SVID: svid, Err: j.broken, Next: j.next})
+	j.s.cfg.Logger.DebugContext(ctx, "certificate received", slog.Any("svid", svid))
+}
+
+// still repeats the SVID that was reported, if its circumstances have changed:
+// that its stream is broken, or is back.
+func (j *judge) still() {
+	ev := ca.Event{State: ca.Available, SVID: j.said.SVID, Err: j.broken, Next: j.next}
+	if j.said.State != ca.Available || text(j.said.Err) != text(ev.Err) || !j.said.Next.Equal(ev.Next) {
+		j.said = ev
+		j.update(ev)
+	}
+}
+
+// say reports ev, unless it was said before.
+func (j *judge) say(ev ca.Event) {
+	if ev.State != ca.Available && ev.State == j.said.State && text(ev.Err) == text(j.said.Err) && ev.Next.Equal(j.said.Next) {
+		return
+	}
+	svid := j.said.SVID
+	j.said = ev
+	switch ev.State {
+	case ca.Available:
+	case ca.Unavailable:
+		j.said.SVID = svid // the manager keeps it, too
+	default:
+		j.leaf = ""
+	}
+	j.update(ev)
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
