@@ -58,7 +58,7 @@ func (h *hold) watch(ctx context.Context) {
 // happen outside the lock.
 func (h *hold) update(ctx context.Context, ev Event) {
 	if ev.State == Available {
-		if err := ev.SVID.check(h.ref.ID, h.m.cfg.AnyID, h.m.cfg.Validation, time.Now()); err != nil {
+		if err := ev.SVID.check(h.ref.ID, anyID(h.key.provider), h.m.cfg.Validation, time.Now()); err != nil {
 			ev = Event{State: Unavailable, Err: err, Next: ev.Next}
 			h.m.log.WarnContext(ctx, "certificate rejected", "provider", h.key.key.Provider, "identity", h.ref.ID, "error", err)
 		}
@@ -188,6 +188,29 @@ func (h *hold) watchBundles(all []Provider) {
 		w := &bundleWatch{cancel: cancel}
 		h.extra[p] = w
 		h.m.tasks.Go(func() { h.watchBundlesOf(ctx, p, w) })
+	}
+	if changed {
+		h.publishSVID()
+	}
+}
+
+// inherit takes over what old knows of the anchors of the other providers, old's
+// own among them, as far as those have not spoken to h yet: a lease that moves
+// must not lose the trust that it has. It is called with the lock held.
+func (h *hold) inherit(old *hold) {
+	changed := false
+	for p, w := range h.extra {
+		if w.latest != nil {
+			continue
+		}
+		if p == old.key.provider {
+			if old.own != nil {
+				w.latest = old.own.Bundles
+			}
+		} else if known := old.extra[p]; known != nil {
+			w.latest = known.latest
+		}
+		changed = changed || w.latest != nil
 	}
 	if changed {
 		h.publishSVID()

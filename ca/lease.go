@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync/atomic"
+	"time"
 )
 
 // Lease is a hold on the SVID of one workload: it can reach no other. All
@@ -16,6 +17,7 @@ type Lease struct {
 	// guarded by m.mu
 	hold     *hold         // that fills view; nil when no provider serves the workload
 	next     *hold         // of a live move under way
+	since    time.Time     // when that move began
 	changed  chan struct{} // closed and replaced when view changes
 	released bool
 }

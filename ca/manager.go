@@ -17,9 +17,6 @@ type ManagerConfig struct {
 	// of one service account come and go (CA_LINGER). Default 5 min; negative
 	// means not at all. Certificates of one workload (Key.UID) never linger.
 	Linger time.Duration
-	// AnyID accepts certificates of other identities than the requested one:
-	// in dedicated mode the CA alone decides who we are.
-	AnyID bool
 	// Validation overrides the mode in which delivered certificates are judged.
 	Validation Validation
 	// Metrics; nil counts nothing.
@@ -44,9 +41,12 @@ type Manager struct {
 	mu        sync.Mutex // guards what follows, holds and leases
 	router    Router
 	holds     map[holdKey]*hold
+	held      map[Provider]int // how many of holds are of it
 	leases    map[*Lease]struct{}
 	providers map[Provider]*providerRun // those whose Run has not returned
 	failed    error                     // of a provider's Run
+	moved     time.Time                 // of the latest Replace that left leases to move, zero when all have
+	warned    bool                      // that they still have not
 	stop      context.CancelCauseFunc
 	ctx       context.Context // of Run, nil before; it belongs to the manager as long as it runs
 	tasks     sync.WaitGroup  // watches and providers
@@ -84,6 +84,7 @@ func NewManager(r Router, cfg ManagerConfig) *Manager {
 		wake:      make(chan struct{}, 1),
 		router:    r,
 		holds:     make(map[holdKey]*hold),
+		held:      make(map[Provider]int),
 		leases:    make(map[*Lease]struct{}),
 		providers: make(map[Provider]*providerRun),
 	}
@@ -118,6 +119,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	clear(m.holds)
+	clear(m.held)
 	return m.failed
 }
 
@@ -140,8 +142,8 @@ func (m *Manager) reconcile() {
 	for _, p := range m.router.All() {
 		want[p] = true
 	}
-	for k := range m.holds {
-		want[k.provider] = true
+	for p := range m.held {
+		want[p] = true
 	}
 	for p, run := range m.providers {
 		if !want[p] {
@@ -219,6 +221,7 @@ func (m *Manager) join(p Provider, w WorkloadRef) *hold {
 			extra:  make(map[Provider]*bundleWatch),
 		}
 		m.holds[k] = h
+		m.held[p]++
 		if m.providers[p] == nil {
 			m.reconcile() // the router chose one that it does not list
 		}
@@ -256,13 +259,18 @@ func (m *Manager) leave(h *hold, linger bool) {
 
 // drop ends h. It is called with the lock held.
 func (m *Manager) drop(h *hold) {
-	if m.holds[h.key] == h {
-		delete(m.holds, h.key)
-	}
 	if h.cancel != nil {
 		h.cancel()
 	}
-	m.reconcile()
+	if m.holds[h.key] != h {
+		return
+	}
+	delete(m.holds, h.key)
+	p := h.key.provider
+	if m.held[p]--; m.held[p] == 0 {
+		delete(m.held, p)
+		m.reconcile() // it may have been the last of a provider that is no longer listed
+	}
 }
 
 // sweep ends what is over, an SVID at its NotAfter and a hold after its
@@ -272,6 +280,7 @@ func (m *Manager) sweep(ctx context.Context) {
 	defer timer.Stop()
 	for {
 		timer.Reset(m.sweepOnce(time.Now()))
+		m.followMove(ctx, time.Now())
 		select {
 		case <-ctx.Done():
 			return
@@ -307,6 +316,45 @@ func (m *Manager) sweepOnce(now time.Time) time.Duration {
 	return sleep
 }
 
+// movePatience is how long a live move may take before it is reported.
+const movePatience = time.Minute
+
+// followMove logs the end of a live move, and once that it takes long. The
+// sweeper calls it after each change, and every 30 s.
+func (m *Manager) followMove(ctx context.Context, now time.Time) {
+	m.mu.Lock()
+	if m.moved.IsZero() {
+		m.mu.Unlock()
+		return
+	}
+	took := now.Sub(m.moved)
+	pending, stuck := 0, (*hold)(nil)
+	for _, h := range m.holds {
+		if len(h.moving) > 0 {
+			pending += len(h.moving)
+			stuck = h
+		}
+	}
+	report := func() {}
+	switch {
+	case pending == 0:
+		leases := len(m.leases)
+		m.moved = time.Time{}
+		report = func() {
+			m.log.InfoContext(ctx, "the move to the listed certificate providers is complete", "leases", leases, "took", took)
+		}
+	case took >= movePatience && !m.warned:
+		m.warned = true
+		provider, id, err := stuck.key.key.Provider, stuck.ref.ID, stuck.lastErr
+		report = func() {
+			m.log.WarnContext(ctx, "certificates have not moved to their new provider and stay with the old one; see ztunnel certs -o wide",
+				"leases", pending, "provider", provider, "identity", id, "error", err)
+		}
+	}
+	m.mu.Unlock()
+	report()
+}
+
 func (m *Manager) poke() {
 	select {
 	case m.wake <- struct{}{}:
@@ -317,8 +365,12 @@ func (m *Manager) poke() {
 // Replace is a live move to another routing. Every lease is resolved anew, by
 // the WorkloadRef with which it was acquired. One whose key changes keeps its
 // SVID, renewed as before, until the new key has a valid one; one that has no
-// SVID to keep moves at once. Providers that are no longer listed end when
-// their last lease has moved. After Run has ended it does nothing.
+// SVID to keep moves at once. What is known of the other providers' anchors
+// goes along, so that no peer is refused in between. Providers that are no
+// longer listed end when their last lease has moved; their anchors are trusted
+// no longer, but for the leases that still have a certificate of them. A second
+// Replace redirects a move under way. [Status].Moves shows it until it has come
+// to its end. After Run has ended it does nothing.
 func (m *Manager) Replace(r Router) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -327,6 +379,7 @@ func (m *Manager) Replace(r Router) {
 	}
 	m.router = r
 	m.reconcile()
+	m.moved, m.warned = time.Now(), false
 	for l := range m.leases {
 		m.move(l)
 	}
@@ -341,6 +394,7 @@ func (m *Manager) Replace(r Router) {
 		}
 	}
 	m.reconcile()
+	m.poke() // the sweeper follows the move
 }
 
 // routed reports whether w is still served under k.
@@ -370,7 +424,10 @@ func (m *Manager) move(l *Lease) {
 	if l.hold != nil && l.hold.key == (holdKey{p, p.Key(l.ref)}) {
 		return
 	}
-	l.next = m.join(p, l.ref)
+	l.next, l.since = m.join(p, l.ref), time.Now()
 	l.next.moving[l] = struct{}{}
+	if l.hold != nil {
+		l.next.inherit(l.hold)
+	}
 	l.settle()
 }

@@ -198,16 +198,30 @@ func TestManagerRejects(t *testing.T) {
 	}
 }
 
+// choosing is a provider that decides by itself who we are.
+type choosing struct{ *catest.Provider }
+
+func (choosing) AnyID() bool { return true }
+
+// TestAnyID: one provider may choose the identity, another one may not,
+// whatever the first may.
 func TestAnyID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := catest.NewProvider("fake")
-		m := catest.RunManager(t, catest.Fixed{p}, ca.ManagerConfig{AnyID: true})
-		ref := ca.WorkloadRef{ID: web}
-		p.Set(p.Key(ref), available(catest.NewCA(t, "td.test").SVID(t, other)))
+		free, bound := choosing{catest.NewProvider("free")}, catest.NewProvider("bound")
+		td, ref := catest.NewCA(t, "td.test"), ca.WorkloadRef{ID: web}
+		m := catest.RunManager(t, catest.Fixed{free, bound}, ca.ManagerConfig{})
+		free.Set(free.Key(ref), available(td.SVID(t, other)))
+		bound.Set(bound.Key(ref), available(td.SVID(t, other)))
 		l := m.Acquire(ref)
 		defer l.Release()
 		if svid, err := now(t, l); err != nil || svid.ID != other {
 			t.Errorf("got %v, %v, want the CA's choice %v", svid, err, other)
+		}
+		m.Replace(catest.Fixed{bound, free})
+		strict := m.Acquire(ref)
+		defer strict.Release()
+		if svid, err := now(t, strict); !errors.Is(err, ca.ErrRejected) {
+			t.Errorf("got %v, %v, want the wrong identity rejected", svid, err)
 		}
 	})
 }

@@ -2,12 +2,17 @@ package ca_test
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
+	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/catest"
@@ -303,4 +308,195 @@ func TestReplaceAfterRun(t *testing.T) {
 			t.Errorf("got %v, want ErrReleased", err)
 		}
 	})
+}
+
+// mute is a provider that says nothing of its bundles to those who ask.
+type mute struct{ *catest.Provider }
+
+func (mute) WatchBundles(ctx context.Context, _ ca.WorkloadRef, _ func(*ca.Bundles)) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// TestMoveKeepsTrust: the first SVID of the new provider already trusts those
+// of the old one, and of a third one, that are still listed; also when it was
+// there before they were asked.
+func TestMoveKeepsTrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		from, third, to := mute{catest.NewProvider("from")}, catest.NewProvider("third"), catest.NewProvider("to")
+		oldCA, thirdCA, newCA := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
+		ref := ca.WorkloadRef{ID: web}
+		from.Set(from.Key(ref), available(oldCA.SVID(t, web)))
+		to.Set(to.Key(ref), available(newCA.SVID(t, web)))
+		third.SetBundles(thirdCA.Bundles(ca.Strict))
+		m := catest.RunManager(t, catest.Fixed{from, third}, ca.ManagerConfig{})
+		l := m.Acquire(ref)
+		defer l.Release()
+		if _, err := now(t, l); err != nil {
+			t.Fatal(err)
+		}
+		peerOld, _ := oldCA.Leaf(t, other.String())
+		peerThird, _ := thirdCA.Leaf(t, other.String())
+		trusts := func(when string, want bool) {
+			t.Helper()
+			svid, err := now(t, l)
+			if err != nil {
+				t.Fatalf("%s: %v", when, err)
+			}
+			for _, peer := range [][]*x509.Certificate{peerOld, peerThird} {
+				if _, err := ca.VerifySVID(peer, svid.Bundles, ca.VerifyOptions{}); (err == nil) != want {
+					t.Errorf("%s: %v, want trusted: %v", when, err, want)
+				}
+			}
+		}
+		// The third one falls silent, too: what is known of it must go along.
+		silent := mute{third}
+		m.Replace(catest.Fixed{to, from, third})
+		trusts("after the move", true)
+		svid, _ := now(t, l)
+		if _, err := ca.VerifySVID([]*x509.Certificate{svid.Cert.Leaf}, newCA.Bundles(ca.Strict), ca.VerifyOptions{}); err != nil {
+			t.Errorf("the lease has not moved: %v", err)
+		}
+		m.Replace(catest.Fixed{to, silent})
+		trusts("the old one is no longer listed, and the third is another", false)
+	})
+}
+
+// byNamespace is a route for one namespace.
+type byNamespace struct {
+	catest.Fixed
+	namespace string
+	provider  ca.Provider
+}
+
+func (r byNamespace) For(w ca.WorkloadRef) ca.Provider {
+	if w.Namespace == r.namespace {
+		return r.provider
+	}
+	return r.Fixed.For(w)
+}
+
+// TestMoveByRoute: a changed route moves those whom it concerns, and a move
+// that does not end is shown with its reason.
+func TestMoveByRoute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		logs := new(lines)
+		from, to := catest.NewProvider("from"), catest.NewPerWorkload("to")
+		td := catest.NewCA(t, "td.test")
+		m := catest.RunManager(t, catest.Fixed{from, to}, ca.ManagerConfig{Logger: slog.New(slog.NewTextHandler(logs, nil))})
+		stay := m.Acquire(ca.WorkloadRef{ID: other, Namespace: "b", UID: "u0"})
+		defer stay.Release()
+		from.Set(from.Key(stay.Ref()), available(td.SVID(t, other)))
+		from.Set(ca.Key{Provider: "from", ID: web}, available(td.SVID(t, web)))
+		var leases []*ca.Lease
+		for _, uid := range []string{"u1", "u2"} {
+			l := m.Acquire(ca.WorkloadRef{ID: web, Namespace: "a", Pod: "pod-" + uid, UID: uid})
+			defer l.Release()
+			leases = append(leases, l)
+		}
+		synctest.Wait()
+		began := time.Now()
+		m.Replace(byNamespace{catest.Fixed{from, to}, "a", to})
+		to.Set(to.Key(leases[0].Ref()), ca.Event{State: ca.Unavailable, Err: errors.New("no entry")})
+		synctest.Wait()
+		type row struct {
+			Provider, UID    string
+			State            ca.State
+			Leases, Arriving int
+			Moves            []ca.Move
+		}
+		rows := func() (out []row) {
+			for _, s := range m.Snapshot() {
+				if s.ID == web {
+					out = append(out, row{s.Provider, s.UID, s.State, s.Leases, s.Arriving, s.Moves})
+				}
+			}
+			return out
+		}
+		byText := cmp.Comparer(func(a, b error) bool { return fmt.Sprint(a) == fmt.Sprint(b) })
+		want := []row{
+			{"from", "", ca.Available, 2, 0, []ca.Move{{Provider: "to", Leases: 2, Since: began, Err: errors.New("no entry")}}},
+			{"to", "u1", ca.Unavailable, 1, 1, nil},
+			{"to", "u2", ca.Pending, 1, 1, nil},
+		}
+		if d := cmp.Diff(want, rows(), byText); d != "" {
+			t.Error(d)
+		}
+		if svid, err := now(t, stay); err != nil || from.Watches()[from.Key(stay.Ref())] != 1 {
+			t.Errorf("the other namespace: %v, %v, want it to stay", svid, err)
+		}
+		sleep(90 * time.Second)
+		if got := logs.String(); strings.Count(got, "certificates have not moved to their new provider") != 1 || !strings.Contains(got, "leases=2 provider=to") {
+			t.Errorf("after a minute the log is:\n%s\nwant one warning", got)
+		}
+		// The second one gets through, the first one stays where it is.
+		to.Set(to.Key(leases[1].Ref()), available(td.SVID(t, web)))
+		synctest.Wait()
+		want[0].Leases, want[0].Moves[0].Leases = 1, 1
+		want[2].State, want[2].Arriving = ca.Available, 0
+		if d := cmp.Diff(want, rows(), byText); d != "" {
+			t.Error(d)
+		}
+		if strings.Contains(logs.String(), "complete") {
+			t.Errorf("the move is called complete:\n%s", logs)
+		}
+		to.Set(to.Key(leases[0].Ref()), available(td.SVID(t, web)))
+		synctest.Wait()
+		if got := rows(); len(got) != 2 || got[0].Provider != "to" || got[0].Moves != nil {
+			t.Errorf("at the end: %+v", got)
+		}
+		if got := logs.String(); !strings.Contains(got, "the move to the listed certificate providers is complete") {
+			t.Errorf("the end is not logged:\n%s", got)
+		}
+	})
+}
+
+// TestMoveOfProviderThatIsGone: a provider that is no longer listed runs, and
+// renews, as long as a lease has not moved, and expiry ends its time.
+func TestMoveOfProviderThatIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		from, to := catest.NewProvider("from"), catest.NewProvider("to")
+		td := catest.NewCA(t, "td.test")
+		ref := ca.WorkloadRef{ID: web}
+		from.Set(from.Key(ref), available(td.SVID(t, web, catest.Life(time.Hour))))
+		to.Set(to.Key(ref), ca.Event{State: ca.Unavailable, Err: ca.ErrDenied})
+		m := catest.RunManager(t, catest.Fixed{from, to}, ca.ManagerConfig{})
+		l := m.Acquire(ref)
+		defer l.Release()
+		synctest.Wait()
+		// There and back and there again, faster than anybody answers.
+		for range 10 {
+			m.Replace(catest.Fixed{to, from})
+			m.Replace(catest.Fixed{from, to})
+		}
+		m.Replace(catest.Fixed{to})
+		sleep(30 * time.Minute)
+		renewed := td.SVID(t, web, catest.Life(time.Hour))
+		from.Set(from.Key(ref), available(renewed))
+		if svid, err := now(t, l); err != nil || svid.Cert != renewed.Cert || !from.Running() {
+			t.Errorf("half an hour later: %v, %v, running %v", svid, err, from.Running())
+		}
+		sleep(time.Hour)
+		if svid, err := now(t, l); !errors.Is(err, ca.ErrDenied) || from.Running() || len(from.Watches()) != 0 {
+			t.Errorf("after its expiry: %v, %v, running %v, watches %v; want the new provider's answer", svid, err, from.Running(), from.Watches())
+		}
+	})
+}
+
+// lines is a log.
+type lines struct {
+	mu sync.Mutex // guards b
+	b  strings.Builder
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }

@@ -36,7 +36,8 @@ type PollConfig struct {
 	// ±20 %, and exactly 150 s after 15 minutes.
 	Backoff backoff.Policy
 	// AnyID accepts a certificate of another identity than the requested one:
-	// in dedicated mode the CA alone decides who we are.
+	// in dedicated mode the Istio CA alone decides who we are. The [Manager] then
+	// does so too, for this provider and no other.
 	AnyID bool
 	// Validation overrides the mode in which issued certificates are judged.
 	Validation Validation
@@ -129,6 +130,9 @@ type entry struct {
 }
 
 func (p *poll) Name() string { return p.name }
+
+// AnyID is that of the configuration, for the manager.
+func (p *poll) AnyID() bool { return p.cfg.AnyID }
 
 func (p *poll) Key(w WorkloadRef) Key { return Key{Provider: p.name, ID: w.ID} }
 

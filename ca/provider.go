@@ -66,6 +66,14 @@ type Provider interface {
 	WatchBundles(ctx context.Context, w WorkloadRef, update func(*Bundles)) error
 }
 
+// anyID reports whether p is one of those that decide by themselves who we are.
+// It is an optional interface, AnyID() bool, which [Poll] has: whoever lacks it
+// is held to the identity that was asked for.
+func anyID(p Provider) bool {
+	a, ok := p.(interface{ AnyID() bool })
+	return ok && a.AnyID()
+}
+
 // Fetcher makes one certificate by one request: no cache, no retry. Poll makes
 // a Provider of it.
 type Fetcher interface {

@@ -27,10 +27,25 @@ type Status struct {
 	NotBefore time.Time
 	NotAfter  time.Time
 	Renewal   time.Time // of the provider's next attempt; zero if its backend pushes
-	Leases    int       // 0 while it lingers
+	Leases    int       // 0 while it lingers; those of Arriving are among them
+	// Arriving are the leases of a live move that keep another certificate until
+	// this one is Available.
+	Arriving int
+	// Moves are the live moves under way from this certificate, one for each
+	// provider, sorted by its name.
+	Moves []Move
 	// Pods are the workloads that hold a lease, as namespace/name, sorted, each
 	// once. Leases whose WorkloadRef names no pod are not among them.
 	Pods []string
+}
+
+// Move is a live move that waits for a certificate of another provider (or of
+// the same one with other settings). The leases keep the one that they have.
+type Move struct {
+	Provider string // that they wait for
+	Leases   int
+	Since    time.Time
+	Err      error // why there is none; nil while there is no answer yet
 }
 
 // String is the state as Go names it; [Status].Text has the words for users.
@@ -72,6 +87,8 @@ func (h *hold) status() Status {
 		Err:      h.lastErr,
 		Renewal:  h.next,
 		Leases:   len(h.leases) + len(h.moving),
+		Arriving: len(h.moving),
+		Moves:    h.moves(),
 		Pods:     h.pods(),
 	}
 	switch h.view.state {
@@ -92,6 +109,33 @@ func (h *hold) status() Status {
 		}
 	}
 	return s
+}
+
+func (h *hold) moves() []Move {
+	byProvider := make(map[string]*Move)
+	for l := range h.leases {
+		if l.next == nil {
+			continue
+		}
+		name := l.next.key.key.Provider
+		m := byProvider[name]
+		if m == nil {
+			m = &Move{Provider: name, Since: l.since}
+			byProvider[name] = m
+		}
+		m.Leases++
+		if l.since.Before(m.Since) {
+			m.Since = l.since
+		}
+		if err := cmp.Or(l.next.lastErr, l.next.view.err); err != nil && (m.Err == nil || err.Error() < m.Err.Error()) {
+			m.Err = err
+		}
+	}
+	var list []Move
+	for _, name := range slices.Sorted(maps.Keys(byProvider)) {
+		list = append(list, *byProvider[name])
+	}
+	return list
 }
 
 func (h *hold) pods() []string {

@@ -95,6 +95,17 @@ var rules = []rule{
 		but:  []string{"./ca", "./ca/istio/...", "./ca/spire/...", "./ca/local/..."}, // their own parts; siblings: next rules
 		why:  "a backend imports ca and no router",
 	},
+	{
+		from: []string{"./ca/router"},
+		no:   []string{"./..."},
+		but:  []string{"./ca", "./internal/..."},
+		why:  "the router chooses between providers; it knows none of them",
+	},
+	{
+		from: []string{"./..."}, except: []string{"./cmd/...", "./e2e/...", "./ca/catest/...", "./ca/istio/...", "./ca/spire/...", "./ca/local/..."}, direct: true,
+		no:  []string{"./ca/istio/...", "./ca/spire/...", "./ca/local/..."},
+		why: "backends reach the binary through cmd alone",
+	},
 	{from: []string{"./ca/istio/..."}, no: []string{"./ca/spire/...", "./ca/local/..."}, why: "a backend does not know its siblings"},
 	{from: []string{"./ca/spire/..."}, no: []string{"./ca/istio/...", "./ca/local/..."}, why: "a backend does not know its siblings"},
 	{from: []string{"./ca/local/..."}, no: []string{"./ca/istio/...", "./ca/spire/..."}, why: "a backend does not know its siblings"},
@@ -243,6 +254,8 @@ func TestDepsFindsViolations(t *testing.T) {
 		{"ca and state", graph{m + "/ca": {m + "/state"}}, "/ca must not import " + m + "/state"},
 		{"backend and sibling", graph{m + "/ca/spire": {m + "/ca/local"}}, "/ca/spire must not import " + m + "/ca/local"},
 		{"backend and router", graph{m + "/ca/istio": {m + "/ca/router"}}, "/ca/istio must not import " + m + "/ca/router"},
+		{"router and backend", graph{m + "/ca/router": {m + "/ca", m + "/ca/local"}}, "/ca/router must not import " + m + "/ca/local"},
+		{"admin and a backend's part", graph{m + "/xds/client": {m + "/ca/istio/creds"}}, "/xds/client must not import " + m + "/ca/istio/creds"},
 		{"http2 server", graph{m + "/proxy/hbone": {"golang.org/x/net/http2", "golang.org/x/net/http2/hpack"}}, "/proxy/hbone must not import golang.org/x/net/http2: "},
 		{"hpack", graph{m + "/proxy/hbone": {"golang.org/x/net/http2/hpack"}}, ""},
 		{"flags outside of cmd", graph{m + "/admin": {"github.com/spf13/pflag"}}, "/admin must not import github.com/spf13/pflag"},
