@@ -12,16 +12,18 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ztunnel-go/ztunnel/e2e/world"
 )
 
 // captureMatrix are the combinations in which at least one side is captured.
 var captureMatrix = []struct {
 	name string
-	o    pairOptions
+	o    world.PairOptions
 }{
-	{"both", bothCaptured},
-	{"client only", pairOptions{captureClient: true}},
-	{"server only", pairOptions{captureServ: true}},
+	{"both", world.BothCaptured},
+	{"client only", world.PairOptions{CaptureClient: true}},
+	{"server only", world.PairOptions{CaptureServ: true}},
 }
 
 // Each direction of a connection ends on its own, with the real nc as client.
@@ -32,13 +34,13 @@ func TestHalfClose(t *testing.T) {
 }
 
 func (p *pair) checkHalfClose() {
-	t := p.t
+	t := p.T
 	t.Helper()
-	addr := p.server.addr.String()
+	addr := p.Server.Addr.String()
 	// The client ends first: -N sends FIN at the end of its input. The server
 	// answers after that.
 	input := strings.Repeat("all of this comes back late\n", 10_000)
-	got, err := command(p.ctx, input, p.client.in("nc", "-N", "-w", "10", addr, fmt.Sprint(latePort))...)
+	got, err := world.Command(p.Ctx, input, p.Client.In("nc", "-N", "-w", "10", addr, fmt.Sprint(world.LatePort))...)
 	if err != nil || got != input {
 		t.Errorf("client ends first: got %d bytes, %v, want %d", len(got), err, len(input))
 	}
@@ -52,10 +54,10 @@ grep -q bye "$d/out" || { echo "no farewell"; exit 1; }
 printf 0123456789 >&3
 exec 3>&-
 wait $!`
-	if out, err := command(p.ctx, "", p.client.in("sh", "-c", script, addr, fmt.Sprint(earlyPort))...); err != nil {
+	if out, err := world.Command(p.Ctx, "", p.Client.In("sh", "-c", script, addr, fmt.Sprint(world.EarlyPort))...); err != nil {
 		t.Errorf("server ends first: %v %s", err, out)
 	}
-	p.app.expect(p.ctx, fields{"event": "received 10", "end": "FIN"})
+	p.App.Expect(p.Ctx, world.Fields{"event": "received 10", "end": "FIN"})
 }
 
 // A reset travels in both directions, and is not a clean end (design D6).
@@ -66,39 +68,39 @@ func TestReset(t *testing.T) {
 }
 
 func (p *pair) checkReset() {
-	t := p.t
+	t := p.T
 	t.Helper()
-	c := p.dial(watchPort)
+	c := p.Dial(world.WatchPort)
 	if _, err := io.WriteString(c, "x"); err != nil {
 		t.Fatal(err)
 	}
-	p.app.expect(p.ctx, fields{"event": "open"})
+	p.App.Expect(p.Ctx, world.Fields{"event": "open"})
 	if err := c.Abort(); err != nil {
 		t.Fatal(err)
 	}
-	if p.otherImplemented {
-		p.app.expect(p.ctx, fields{"event": "closed"}) // a peer may make a FIN of it
+	if p.OtherImplemented {
+		p.App.Expect(p.Ctx, world.Fields{"event": "closed"}) // a peer may make a FIN of it
 	} else {
-		p.app.expect(p.ctx, fields{"event": "closed", "end": "RST"})
+		p.App.Expect(p.Ctx, world.Fields{"event": "closed", "end": "RST"})
 	}
 
-	c = p.dial(resetPort)
+	c = p.Dial(world.ResetPort)
 	if _, err := io.WriteString(c, "x"); err != nil {
 		t.Fatal(err)
 	}
 	_, err := c.Read(make([]byte, 1))
-	if err == nil || !p.otherImplemented && !errors.Is(err, syscall.ECONNRESET) {
+	if err == nil || !p.OtherImplemented && !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("server resets: got %v, want %v", err, syscall.ECONNRESET)
 	}
 	// The one at whose socket it happened always tells; the other one does when
 	// it was told.
 	for _, leg := range []struct {
-		s   *proxy
+		s   *world.Proxy
 		by  string
 		own bool
-	}{{p.source, "src", true}, {p.source, "dst", false}, {p.dest, "dst", true}, {p.dest, "src", false}} {
-		if leg.s != nil && !leg.s.peer && (leg.own || !p.otherImplemented) {
-			leg.s.expect(p.ctx, fields{"message": "connection complete", "level": "info", "reset": leg.by, "error": ""})
+	}{{p.Source, "src", true}, {p.Source, "dst", false}, {p.Dest, "dst", true}, {p.Dest, "src", false}} {
+		if leg.s != nil && !leg.s.Peer && (leg.own || !p.OtherImplemented) {
+			leg.s.Expect(p.Ctx, world.Fields{"message": "connection complete", "level": "info", "reset": leg.by, "error": ""})
 		}
 	}
 }
@@ -111,18 +113,18 @@ func TestBulk(t *testing.T) {
 }
 
 func (p *pair) checkBulk() {
-	t := p.t
+	t := p.T
 	t.Helper()
 	for _, direction := range []string{"up", "down"} {
-		srv := p.server.start("iperf3", nil, "iperf3", "-s", "-1", "-p", "5201", "--forceflush")
-		if _, err := srv.find(p.ctx, 10*time.Second, func(line string) bool { return strings.Contains(line, "listening") }); err != nil {
+		srv := p.Server.Start("iperf3", nil, "iperf3", "-s", "-1", "-p", "5201", "--forceflush")
+		if _, err := srv.Find(p.Ctx, 10*time.Second, func(line string) bool { return strings.Contains(line, "listening") }); err != nil {
 			t.Fatal(err)
 		}
-		args := []string{"iperf3", "-J", "-t", "1", "-P", "2", "-p", "5201", "-c", p.server.addr.String()}
+		args := []string{"iperf3", "-J", "-t", "1", "-P", "2", "-p", "5201", "-c", p.Server.Addr.String()}
 		if direction == "down" {
 			args = append(args, "-R")
 		}
-		out, err := command(p.ctx, "", p.client.in(args...)...)
+		out, err := world.Command(p.Ctx, "", p.Client.In(args...)...)
 		if err != nil {
 			t.Fatalf("%s: %v: %s", direction, err, out)
 		}
@@ -141,66 +143,66 @@ func (p *pair) checkBulk() {
 			t.Errorf("%s: received %v bytes, want at least 10 MiB", direction, report.End.Received.Bytes)
 		}
 		t.Logf("%s: %.2f Gbit/s", direction, report.End.Received.Rate/1e9)
-		srv.wait(10 * time.Second)
+		srv.Wait(10 * time.Second)
 	}
 }
 
 // N-17: an established connection survives the shutdown of either proxy, new
 // ones fail, and the proxy ends when the connection does.
 func TestDP_N17_Shutdown(t *testing.T) {
-	t.Run("source", func(t *testing.T) { p := newPair(t, bothCaptured); p.checkShutdown(p.source) })
-	t.Run("destination", func(t *testing.T) { p := newPair(t, bothCaptured); p.checkShutdown(p.dest) })
+	t.Run("source", func(t *testing.T) { p := newPair(t, world.BothCaptured); p.checkShutdown(p.Source) })
+	t.Run("destination", func(t *testing.T) { p := newPair(t, world.BothCaptured); p.checkShutdown(p.Dest) })
 }
 
 // checkShutdown is the body of N-17 for one of the two proxies.
-func (p *pair) checkShutdown(s *proxy) {
-	t := p.t
+func (p *pair) checkShutdown(s *world.Proxy) {
+	t := p.T
 	t.Helper()
-	c := p.dial(chatPort)
-	if err := exchange(c, "before", "before"); err != nil {
+	c := p.Dial(world.ChatPort)
+	if err := world.Exchange(c, "before", "before"); err != nil {
 		t.Fatal(err)
 	}
-	s.terminate()
-	eventually(t, p.ctx, 4*time.Second, func() error {
-		fresh, err := p.client.net.Dial(p.ctx, netip.Addr{}, p.server.at(chatPort))
+	s.Terminate()
+	world.Eventually(t, p.Ctx, 4*time.Second, func() error {
+		fresh, err := p.Client.Net.Dial(p.Ctx, netip.Addr{}, p.Server.At(world.ChatPort))
 		if err != nil {
 			return nil
 		}
 		defer fresh.Close()
 		_ = fresh.SetDeadline(time.Now().Add(time.Second))
-		if err := exchange(fresh, "new", "new"); err != nil {
+		if err := world.Exchange(fresh, "new", "new"); err != nil {
 			return nil
 		}
 		return errors.New("new connections still work")
 	})
-	if err := exchange(c, "after", "after"); err != nil {
+	if err := world.Exchange(c, "after", "after"); err != nil {
 		t.Errorf("established connection: %v", err)
 	}
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if code := s.wait(5 * time.Second); code != 0 {
+	if code := s.Wait(5 * time.Second); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
 }
 
 // What still runs at the deadline is cut, and the proxy ends all the same.
 func TestDrainDeadline(t *testing.T) {
-	o := bothCaptured
-	o.dest.env = []string{"CONNECTION_TERMINATION_DEADLINE=2s"}
+	o := world.BothCaptured
+	o.Dest.Env = []string{"CONNECTION_TERMINATION_DEADLINE=2s"}
 	p := newPair(t, o)
-	c := p.dial(chatPort)
-	if err := exchange(c, "before", "before"); err != nil {
+	c := p.Dial(world.ChatPort)
+	if err := world.Exchange(c, "before", "before"); err != nil {
 		t.Fatal(err)
 	}
 	start := time.Now()
-	p.dest.terminate()
+	p.Dest.Terminate()
 	_, err := c.Read(make([]byte, 1))
 	if took := time.Since(start); err == nil || took < 1900*time.Millisecond || took > 8*time.Second {
 		t.Errorf("cut after %v with %v, want 2 s", took, err)
 	}
-	if code := p.dest.wait(5 * time.Second); code != 0 {
+	if code := p.Dest.Wait(5 * time.Second); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
-	p.dest.expect(p.ctx, fields{"message": "connection complete", "error": "connection closed due to connection drain"})
+	p.Dest.Expect(p.Ctx, world.Fields{"message": "connection complete", "error": "connection closed due to connection drain"})
 }

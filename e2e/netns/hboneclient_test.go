@@ -16,6 +16,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/ztunnel-go/ztunnel/ca/local"
+	"github.com/ztunnel-go/ztunnel/e2e/world"
 )
 
 // tunnel is an HBONE client made by hand, which sends what a proxy would not.
@@ -28,12 +29,12 @@ type tunnel struct {
 
 // openTunnel connects to port 15008 of dst, from inside p, with a certificate
 // of the mesh's CA for id.
-func openTunnel(p *pod, dst *pod, id string) (*tunnel, error) {
+func openTunnel(p *world.Pod, dst *world.Pod, id string) (*tunnel, error) {
 	sid, err := spiffeid.FromString(id)
 	if err != nil {
 		return nil, err
 	}
-	cfg := local.Config{Dir: p.w.caDir()}
+	cfg := local.Config{Dir: p.W.CADir()}
 	if td := sid.TrustDomain(); td.Name() != "cluster.local" {
 		cfg.Aliases = []spiffeid.TrustDomain{td}
 	}
@@ -41,15 +42,15 @@ func openTunnel(p *pod, dst *pod, id string) (*tunnel, error) {
 	if err != nil {
 		return nil, err
 	}
-	svid, err := ca.Fetch(p.w.ctx, sid)
+	svid, err := ca.Fetch(p.W.Ctx, sid)
 	if err != nil {
 		return nil, err
 	}
-	raw, err := p.net.Dial(p.w.ctx, netip.Addr{}, dst.at(15008))
+	raw, err := p.Net.Dial(p.W.Ctx, netip.Addr{}, dst.At(15008))
 	if err != nil {
 		return nil, err
 	}
-	p.w.t.Cleanup(func() { _ = raw.Close() })
+	p.W.T.Cleanup(func() { _ = raw.Close() })
 	if err := raw.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		return nil, err
 	}
@@ -58,7 +59,7 @@ func openTunnel(p *pod, dst *pod, id string) (*tunnel, error) {
 		InsecureSkipVerify: true, // the server is not what is tested here
 		NextProtos:         []string{"h2"},
 	})
-	if err := conn.HandshakeContext(p.w.ctx); err != nil {
+	if err := conn.HandshakeContext(p.W.Ctx); err != nil {
 		return nil, err
 	}
 	t := &tunnel{conn: conn, framer: http2.NewFramer(conn, conn), stream: 1}
@@ -115,7 +116,7 @@ func (t *tunnel) connect(authority string) (int, error) {
 }
 
 // expectStatus opens a tunnel of its own for one request.
-func expectStatus(t *testing.T, from, dst *pod, id, authority string, want ...int) {
+func expectStatus(t *testing.T, from, dst *world.Pod, id, authority string, want ...int) {
 	t.Helper()
 	tun, err := openTunnel(from, dst, id)
 	if err != nil {

@@ -5,6 +5,8 @@ package netns
 import (
 	"os"
 	"testing"
+
+	"github.com/ztunnel-go/ztunnel/e2e/world"
 )
 
 // TestInterop runs the same checks with another implementation on one side:
@@ -15,21 +17,21 @@ func TestInterop(t *testing.T) {
 	if os.Getenv("ZTUNNEL_PEER_BIN") == "" {
 		t.Skip("ZTUNNEL_PEER_BIN names no peer")
 	}
-	requireRoot(t)
-	theirs := proxyOptions{bin: binary(t, "ZTUNNEL_PEER_BIN"), peer: true}
+	world.RequireRoot(t)
+	theirs := world.ProxyOptions{Bin: world.Binary(t, "ZTUNNEL_PEER_BIN"), Peer: true, Credentials: (*world.Pod).StartIstiod}
 	for _, role := range []struct {
 		name string
-		o    pairOptions
+		o    world.PairOptions
 	}{
-		{"control", pairOptions{captureClient: true, captureServ: true, source: theirs, dest: theirs}},
-		{"source", pairOptions{captureClient: true, captureServ: true, source: theirs}},
-		{"destination", pairOptions{captureClient: true, captureServ: true, dest: theirs}},
+		{"control", world.PairOptions{CaptureClient: true, CaptureServ: true, Source: theirs, Dest: theirs}},
+		{"source", world.PairOptions{CaptureClient: true, CaptureServ: true, Source: theirs}},
+		{"destination", world.PairOptions{CaptureClient: true, CaptureServ: true, Dest: theirs}},
 	} {
 		t.Run(role.name, func(t *testing.T) {
 			t.Run("exchange", func(t *testing.T) { newPair(t, role.o).checkExchange() })
 			t.Run("same node", func(t *testing.T) {
 				o := role.o
-				o.sameNode = true
+				o.SameNode = true
 				newPair(t, o).checkExchange()
 			})
 			t.Run("half close", func(t *testing.T) { newPair(t, role.o).checkHalfClose() })
@@ -37,29 +39,29 @@ func TestInterop(t *testing.T) {
 			t.Run("bulk", func(t *testing.T) { newPair(t, role.o).checkBulk() })
 			t.Run("policy", func(t *testing.T) {
 				o := role.o
-				o.policies = denyChat
+				o.Policies = denyChat
 				newPair(t, o).checkDenied()
 			})
 			t.Run("D11 many denied", func(t *testing.T) {
 				o := role.o
-				o.policies = denyChat
+				o.Policies = denyChat
 				newPair(t, o).checkManyDenied()
 			})
 			t.Run("N-17 shutdown", func(t *testing.T) {
 				p := newPair(t, role.o)
-				ours := p.source
-				if role.o.source.peer {
-					ours = p.dest
+				ours := p.Source
+				if role.o.Source.Peer {
+					ours = p.Dest
 				}
 				p.checkShutdown(ours)
 			})
 		})
 	}
 	t.Run("source alone", func(t *testing.T) { // N-02 with a peer
-		newPair(t, pairOptions{captureClient: true, source: theirs}).checkExchange()
+		newPair(t, world.PairOptions{CaptureClient: true, Source: theirs}).checkExchange()
 	})
 	t.Run("destination alone", func(t *testing.T) {
-		o := pairOptions{captureServ: true, dest: theirs}
+		o := world.PairOptions{CaptureServ: true, Dest: theirs}
 		t.Run("N-03", func(t *testing.T) { newPair(t, o).checkExchange() })
 		t.Run("N-19", func(t *testing.T) { checkPrincipals(t, theirs) })
 		t.Run("N-20", func(t *testing.T) { newPair(t, o).checkIPMismatch() })
@@ -67,16 +69,16 @@ func TestInterop(t *testing.T) {
 	})
 }
 
-// checkDenied expects that port chatPort is denied at the destination, and that
+// checkDenied expects that port ChatPort is denied at the destination, and that
 // both sides say so in their own log.
 func (p *pair) checkDenied() {
-	p.t.Helper()
-	if err := exchange(p.dial(chatPort), "denied", "denied"); err == nil {
-		p.t.Error("a denied connection works")
+	p.T.Helper()
+	if err := world.Exchange(p.Dial(world.ChatPort), "denied", "denied"); err == nil {
+		p.T.Error("a denied connection works")
 	}
-	p.dest.expect(p.ctx, fields{"error": "connection closed due to policy rejection: explicitly denied by: default/deny-chat"})
-	p.source.expect(p.ctx, fields{"error": "http status: 401 Unauthorized"})
-	if err := exchange(p.dial(doublePort), greeting, greeting+greeting); err != nil {
-		p.t.Error(err)
+	p.Dest.Expect(p.Ctx, world.Fields{"error": "connection closed due to policy rejection: explicitly denied by: default/deny-chat"})
+	p.Source.Expect(p.Ctx, world.Fields{"error": "http status: 401 Unauthorized"})
+	if err := world.Exchange(p.Dial(world.DoublePort), greeting, greeting+greeting); err != nil {
+		p.T.Error(err)
 	}
 }

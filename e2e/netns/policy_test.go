@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ztunnel-go/ztunnel/e2e/world"
 )
 
 const denyChat = `- name: deny-chat
@@ -27,47 +29,47 @@ const denyChat = `- name: deny-chat
 // A policy that comes while a connection is open ends it with a reset; new ones
 // get 401 until the policy is gone.
 func TestPolicyChange(t *testing.T) {
-	p := newPair(t, bothCaptured)
-	c := p.dial(chatPort)
-	if err := exchange(c, "before", "before"); err != nil {
+	p := newPair(t, world.BothCaptured)
+	c := p.Dial(world.ChatPort)
+	if err := world.Exchange(c, "before", "before"); err != nil {
 		t.Fatal(err)
 	}
-	p.policies = denyChat
-	p.writeConfig()
+	p.Policies = denyChat
+	p.WriteConfig()
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("open connection: got %v, want %v", err, syscall.ECONNRESET)
 	}
-	p.dest.expect(p.ctx, fields{"message": "connection complete", "direction": "inbound", "error": "connection closed due to policy change"})
+	p.Dest.Expect(p.Ctx, world.Fields{"message": "connection complete", "direction": "inbound", "error": "connection closed due to policy change"})
 
-	c = p.dial(chatPort)
-	if err := exchange(c, "denied", "denied"); err == nil {
+	c = p.Dial(world.ChatPort)
+	if err := world.Exchange(c, "denied", "denied"); err == nil {
 		t.Error("a denied connection works")
 	}
-	p.dest.expect(p.ctx, fields{
+	p.Dest.Expect(p.Ctx, world.Fields{
 		"message": "connection complete", "direction": "inbound",
 		"error": "connection closed due to policy rejection: explicitly denied by: default/deny-chat",
 	})
-	p.source.expect(p.ctx, fields{"message": "connection complete", "direction": "outbound", "error": "http status: 401 Unauthorized"})
+	p.Source.Expect(p.Ctx, world.Fields{"message": "connection complete", "direction": "outbound", "error": "http status: 401 Unauthorized"})
 	// Another port is not meant.
-	if c := p.dial(doublePort); exchange(c, greeting, greeting+greeting) != nil {
+	if c := p.Dial(world.DoublePort); world.Exchange(c, greeting, greeting+greeting) != nil {
 		t.Error("the policy denies another port")
 	}
 
-	p.policies = ""
-	p.writeConfig()
-	eventually(t, p.ctx, 10*time.Second, func() error { return exchange(p.dial(chatPort), "again", "again") })
+	p.Policies = ""
+	p.WriteConfig()
+	world.Eventually(t, p.Ctx, 10*time.Second, func() error { return world.Exchange(p.Dial(world.ChatPort), "again", "again") })
 }
 
 // Policies hold for plaintext too, where the source has no identity.
 func TestPolicyPlaintext(t *testing.T) {
-	p := newPair(t, pairOptions{captureServ: true, policies: denyChat})
-	if err := exchange(p.dial(chatPort), "denied", "denied"); err == nil {
+	p := newPair(t, world.PairOptions{CaptureServ: true, Policies: denyChat})
+	if err := world.Exchange(p.Dial(world.ChatPort), "denied", "denied"); err == nil {
 		t.Error("a denied connection works")
 	}
-	if err := exchange(p.dial(doublePort), greeting, greeting+greeting); err != nil {
+	if err := world.Exchange(p.Dial(world.DoublePort), greeting, greeting+greeting); err != nil {
 		t.Error(err)
 	}
-	p.dest.expect(p.ctx, fields{
+	p.Dest.Expect(p.Ctx, world.Fields{
 		"message": "connection complete", "direction": "inbound",
 		"error": "connection closed due to policy rejection: explicitly denied by: default/deny-chat",
 	})
@@ -86,9 +88,9 @@ const strangerID = "spiffe://cluster.local/ns/istio-system/sa/ztunnel"
 
 // N-19: a client made by hand meets an ALLOW policy that is not for it.
 // Principals are written without a scheme: one that has it matches nobody.
-func TestDP_N19_Policy(t *testing.T) { checkPrincipals(t, proxyOptions{}) }
+func TestDP_N19_Policy(t *testing.T) { checkPrincipals(t, world.ProxyOptions{}) }
 
-func checkPrincipals(t *testing.T, dest proxyOptions) {
+func checkPrincipals(t *testing.T, dest world.ProxyOptions) {
 	const allowed = "cluster.local/ns/default/sa/other"
 	for _, tc := range []struct {
 		name, principal, id string
@@ -99,10 +101,10 @@ func checkPrincipals(t *testing.T, dest proxyOptions) {
 		{"with scheme", "spiffe://" + allowed, "spiffe://" + allowed, 401},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			p := newPair(t, pairOptions{captureServ: true, dest: dest, policies: fmt.Sprintf(allowPrincipal, tc.principal)})
-			expectStatus(t, p.client, p.server, tc.id, p.server.at(chatPort).String(), tc.want)
+			p := newPair(t, world.PairOptions{CaptureServ: true, Dest: dest, Policies: fmt.Sprintf(allowPrincipal, tc.principal)})
+			expectStatus(t, p.Client, p.Server, tc.id, p.Server.At(world.ChatPort).String(), tc.want)
 			if tc.want == 401 {
-				p.dest.expect(p.ctx, fields{
+				p.Dest.Expect(p.Ctx, world.Fields{
 					"error":        "connection closed due to policy rejection: allow policies exist, but none allowed",
 					"src.identity": tc.id,
 				})
@@ -114,16 +116,16 @@ func checkPrincipals(t *testing.T, dest proxyOptions) {
 // D11: ten thousand denied connections over one tunnel are no flood; a stream
 // beside them is not harmed.
 func TestD11_ManyDenied(t *testing.T) {
-	o := bothCaptured
-	o.policies = denyChat
+	o := world.BothCaptured
+	o.Policies = denyChat
 	newPair(t, o).checkManyDenied()
 }
 
 func (p *pair) checkManyDenied() {
-	t := p.t
+	t := p.T
 	t.Helper()
-	canary := p.dial(doublePort)
-	if err := exchange(canary, greeting, greeting+greeting); err != nil {
+	canary := p.Dial(world.DoublePort)
+	if err := world.Exchange(canary, greeting, greeting+greeting); err != nil {
 		t.Fatal(err)
 	}
 	const clients, each = 20, 500
@@ -131,13 +133,13 @@ func (p *pair) checkManyDenied() {
 	for range clients {
 		wg.Go(func() {
 			for range each {
-				c, err := p.client.net.Dial(p.ctx, netip.Addr{}, p.server.at(chatPort))
+				c, err := p.Client.Net.Dial(p.Ctx, netip.Addr{}, p.Server.At(world.ChatPort))
 				if err != nil {
 					t.Errorf("dial: %v", err)
 					return
 				}
 				_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-				err = exchange(c, "denied", "denied")
+				err = world.Exchange(c, "denied", "denied")
 				c.Close()
 				if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 					t.Errorf("a denied connection: %v, want its end", err)
@@ -147,59 +149,59 @@ func (p *pair) checkManyDenied() {
 		})
 	}
 	wg.Wait()
-	if err := exchange(canary, greeting, greeting+greeting); err != nil {
+	if err := world.Exchange(canary, greeting, greeting+greeting); err != nil {
 		t.Errorf("the stream beside them: %v", err)
 	}
-	p.dest.expectMetric(p.ctx, "istio_tcp_connections_failed_total", map[string]string{"response_flags": "DENY"}, clients*each)
+	p.Dest.ExpectMetric(p.Ctx, "istio_tcp_connections_failed_total", map[string]string{"response_flags": "DENY"}, clients*each)
 }
 
 // N-20: the authority names another pod.
 func TestDP_N20_IPMismatch(t *testing.T) {
-	newPair(t, pairOptions{captureServ: true}).checkIPMismatch()
+	newPair(t, world.PairOptions{CaptureServ: true}).checkIPMismatch()
 }
 
 func (p *pair) checkIPMismatch() {
-	p.t.Helper()
-	expectStatus(p.t, p.client, p.server, strangerID, p.client.at(chatPort).String(), 400)
-	p.dest.expect(p.ctx, fields{"error": fmt.Sprintf("ip mismatch: %v != %v", p.server.addr, p.client.addr)})
-	expectStatus(p.t, p.client, p.server, strangerID, p.server.at(chatPort).String(), 200)
+	p.T.Helper()
+	expectStatus(p.T, p.Client, p.Server, strangerID, p.Client.At(world.ChatPort).String(), 400)
+	p.Dest.Expect(p.Ctx, world.Fields{"error": fmt.Sprintf("ip mismatch: %v != %v", p.Server.Addr, p.Client.Addr)})
+	expectStatus(p.T, p.Client, p.Server, strangerID, p.Server.At(world.ChatPort).String(), 200)
 }
 
 // N-24: a certificate of another trust domain, though of the same root.
 func TestDP_N24_TrustDomain(t *testing.T) {
-	newPair(t, pairOptions{captureServ: true}).checkTrustDomain()
+	newPair(t, world.PairOptions{CaptureServ: true}).checkTrustDomain()
 }
 
 func (p *pair) checkTrustDomain() {
-	p.t.Helper()
-	tun, err := openTunnel(p.client, p.server, "spiffe://other.domain/ns/default/sa/client")
+	p.T.Helper()
+	tun, err := openTunnel(p.Client, p.Server, "spiffe://other.domain/ns/default/sa/client")
 	if err == nil { // TLS 1.3: the client is done before the server has judged
 		var status int
-		if status, err = tun.connect(p.server.at(chatPort).String()); err == nil {
-			p.t.Errorf("got status %d, want a refused handshake", status)
+		if status, err = tun.connect(p.Server.At(world.ChatPort).String()); err == nil {
+			p.T.Errorf("got status %d, want a refused handshake", status)
 		}
 	}
 	if err != nil && !strings.Contains(err.Error(), "tls:") && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
-		p.t.Errorf("got %v, want a TLS alert or a reset", err)
+		p.T.Errorf("got %v, want a TLS alert or a reset", err)
 	}
 }
 
 // faults rows 84 to 87: what a peer with a valid certificate may not reach.
 func TestFault84_87_ForbiddenAuthorities(t *testing.T) {
-	p := newPair(t, pairOptions{captureServ: true})
+	p := newPair(t, world.PairOptions{CaptureServ: true})
 	for _, host := range []string{
 		"127.0.0.1", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", "127.0.0.53",
 		"169.254.169.254", "[fe80::1]", "[fd00:ec2::254]", "172.172.0.2", "10.0.2.1", "10.96.0.1",
-		"224.0.0.1", "255.255.255.255", "240.0.0.1", p.client.addr.String(),
+		"224.0.0.1", "255.255.255.255", "240.0.0.1", p.Client.Addr.String(),
 	} {
-		for _, port := range []int{chatPort, 15000} {
-			expectStatus(t, p.client, p.server, strangerID, fmt.Sprintf("%s:%d", host, port), 400)
+		for _, port := range []int{world.ChatPort, 15000} {
+			expectStatus(t, p.Client, p.Server, strangerID, fmt.Sprintf("%s:%d", host, port), 400)
 		}
 	}
 	// Ports of the proxy itself are refused before connecting, what listens on
 	// 127.0.0.1 only is refused by the kernel.
 	for _, port := range []uint16{15001, 15006, 15008, 15000, 15053, 15080} {
-		expectStatus(t, p.client, p.server, strangerID, p.server.at(port).String(), 503)
+		expectStatus(t, p.Client, p.Server, strangerID, p.Server.At(port).String(), 503)
 	}
 }
 
@@ -207,33 +209,33 @@ func TestFault84_87_ForbiddenAuthorities(t *testing.T) {
 // C = connecting fails, R = connects but nothing comes back, H = an HTTP server
 // answers 400 to nonsense.
 func TestDP_N23_MaliciousCalls(t *testing.T) {
-	w := newWorld(t)
-	captured, other, plain := w.addPod("captured", 1), w.addPod("other", 2), w.addPod("plain", 1)
-	for _, p := range []*pod{captured, other} {
-		p.redirect()
+	w := world.New(t)
+	captured, other, plain := w.AddPod("captured", 1), w.AddPod("other", 2), w.AddPod("plain", 1)
+	for _, p := range []*world.Pod{captured, other} {
+		p.Redirect()
 	}
-	w.writeConfig()
-	for _, p := range []*pod{captured, other} {
-		p.startProxy(proxyOptions{})
+	w.WriteConfig()
+	for _, p := range []*world.Pod{captured, other} {
+		p.StartProxy(world.ProxyOptions{})
 	}
 	ports := []uint16{15001, 15006, 15008, 15080, 15000, 15020, 15021}
 	for _, row := range []struct {
 		name string
-		from *pod
+		from *world.Pod
 		to   netip.Addr
 		want string // one letter per port
 	}{
-		{"captured pod to itself", captured, captured.addr, "RRRCCHH"},
+		{"captured pod to itself", captured, captured.Addr, "RRRCCHH"},
 		{"captured pod to 127.0.0.1", captured, netip.MustParseAddr("127.0.0.1"), "RRRCHHH"},
-		{"captured pod to another captured pod", captured, other.addr, "RRRRRHH"},
-		{"uncaptured pod to captured pod", plain, captured.addr, "RRRRRHH"},
-		{"captured pod to uncaptured pod", captured, plain.addr, "RRRRRRR"},
+		{"captured pod to another captured pod", captured, other.Addr, "RRRRRHH"},
+		{"uncaptured pod to captured pod", plain, captured.Addr, "RRRRRHH"},
+		{"captured pod to uncaptured pod", captured, plain.Addr, "RRRRRRR"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			got := make([]byte, len(ports))
 			var wg sync.WaitGroup
 			for i, port := range ports {
-				wg.Go(func() { got[i] = row.from.probe(netip.AddrPortFrom(row.to, port)) })
+				wg.Go(func() { got[i] = probe(row.from, netip.AddrPortFrom(row.to, port)) })
 			}
 			wg.Wait()
 			for i, port := range ports {
@@ -245,8 +247,8 @@ func TestDP_N23_MaliciousCalls(t *testing.T) {
 	}
 }
 
-func (p *pod) probe(dst netip.AddrPort) byte {
-	c, err := p.net.Dial(p.w.ctx, netip.Addr{}, dst)
+func probe(p *world.Pod, dst netip.AddrPort) byte {
+	c, err := p.Net.Dial(p.W.Ctx, netip.Addr{}, dst)
 	if err != nil {
 		return 'C'
 	}

@@ -1,6 +1,6 @@
 //go:build e2e
 
-package netns
+package world
 
 import (
 	"context"
@@ -25,13 +25,13 @@ const appEnv = "ZTUNNEL_E2E_APP"
 
 // Ports of the application "server".
 const (
-	httpPort   = 8080 // answers with "hello" and the client's address
-	doublePort = 8081 // returns its input twice
-	watchPort  = 8082 // reads, and prints how reading ended
-	resetPort  = 8083 // reads a byte, then resets
-	chatPort   = 8084 // returns its input
-	latePort   = 8085 // reads to the end, then returns all
-	earlyPort  = 8086 // says "bye", ends its direction, then reads to the end and prints how much
+	HTTPPort   = 8080 // answers with "hello" and the client's address
+	DoublePort = 8081 // returns its input twice
+	WatchPort  = 8082 // reads, and prints how reading ended
+	ResetPort  = 8083 // reads a byte, then resets
+	ChatPort   = 8084 // returns its input
+	LatePort   = 8085 // reads to the end, then returns all
+	EarlyPort  = 8086 // says "bye", ends its direction, then reads to the end and prints how much
 )
 
 func runApp(mode string) int {
@@ -50,8 +50,8 @@ func runApp(mode string) int {
 
 func serveApp() error {
 	for port, serve := range map[int]func(*net.TCPConn){
-		doublePort: doubleEcho, watchPort: watchEnd, resetPort: resetClient, chatPort: echo,
-		latePort: answerLate, earlyPort: endEarly,
+		DoublePort: doubleEcho, WatchPort: watchEnd, ResetPort: resetClient, ChatPort: echo,
+		LatePort: answerLate, EarlyPort: endEarly,
 	} {
 		ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 		if err != nil {
@@ -59,7 +59,7 @@ func serveApp() error {
 		}
 		go acceptAll(ln, serve)
 	}
-	ln, err := net.Listen("tcp", fmt.Sprintf(":%d", httpPort))
+	ln, err := net.Listen("tcp", fmt.Sprintf(":%d", HTTPPort))
 	if err != nil {
 		return err
 	}
