@@ -55,6 +55,13 @@ type RootWatcher interface {
 	WatchRoots(ctx context.Context, update func(*Bundles)) error
 }
 
+// Disconnecter is an optional interface of a [Fetcher] that keeps something open
+// between requests, such as a connection. Disconnect closes it. It is called at
+// the end of each Run, when no Fetch runs; the next Run may fetch again.
+type Disconnecter interface {
+	Disconnect()
+}
+
 // priority orders requests: renewals give way to new identities, and those to
 // identities for which a connection waits.
 type priority uint8
@@ -138,6 +145,9 @@ func (p *poll) Key(w WorkloadRef) Key { return Key{Provider: p.name, ID: w.ID} }
 
 // Run starts the requests and waits for them when ctx ends.
 func (p *poll) Run(ctx context.Context) error {
+	if d, ok := p.fetcher.(Disconnecter); ok {
+		defer d.Disconnect()
+	}
 	var requests sync.WaitGroup
 	defer requests.Wait()
 	timer := time.NewTimer(0)

@@ -1,0 +1,182 @@
+package istio
+
+import (
+	"context"
+	"crypto"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/structpb"
+	securityapi "istio.io/api/security/v1alpha1"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/internal/filewatch"
+)
+
+// The keys of the request's metadata that istiod and istio-csr know.
+const (
+	metaIdentity   = "ImpersonatedIdentity"
+	metaClusterID  = "ClusterID"
+	metaCertSigner = "CertSigner"
+)
+
+// fetcher makes one certificate by one request. All methods are safe for
+// concurrent use.
+type fetcher struct {
+	cfg      Config
+	log      *slog.Logger
+	endpoint endpoint
+	creds    *credentials
+	trust    trust
+	server   *roots // by which the CA is judged; anchors until the first answer
+	override *roots // the anchors, whatever the CA says; nil when there is none
+	dial     func(ctx context.Context, network, address string) (net.Conn, error)
+
+	mu      sync.Mutex // guards what follows
+	current *channel   // nil before the first request and after Disconnect
+	answer  answered
+}
+
+var (
+	_ ca.Fetcher      = (*fetcher)(nil)
+	_ ca.RootWatcher  = (*fetcher)(nil)
+	_ ca.Disconnecter = (*fetcher)(nil)
+)
+
+func newFetcher(cfg Config) (*fetcher, error) {
+	cfg.setDefaults()
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	f := &fetcher{
+		cfg:   cfg,
+		log:   cfg.Logger.With("component", "ca", "provider", cfg.Name),
+		trust: trust{provider: cfg.Name, domain: cfg.TrustDomain, aliases: cfg.Aliases},
+		dial:  cfg.Dial,
+	}
+	if f.dial == nil {
+		f.dial = newDialer()
+	}
+	var err error
+	if f.endpoint, err = parseAddress(cfg.Address); err != nil {
+		return nil, err
+	}
+	if f.creds, err = newCredentials(&cfg); err != nil {
+		return nil, err
+	}
+	if cfg.RootFile != "" {
+		f.server = fileRoots(cfg.RootFile, f.trust, f.log)
+	} else if f.server, err = textRoots(cfg.RootPEM, f.trust, f.log); err != nil {
+		return nil, fmt.Errorf("RootPEM: %w", err)
+	}
+	if cfg.Roots != "" {
+		f.override = fileRoots(cfg.Roots, f.trust, f.log)
+	}
+	return f, nil
+}
+
+// Fetch makes a key and asks the CA for a certificate for id.
+func (f *fetcher) Fetch(ctx context.Context, id spiffeid.ID) (*ca.SVID, error) {
+	if err := f.checkDomain(id); err != nil {
+		return nil, err
+	}
+	cctx, err := f.creds.attach(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ch, err := f.channel(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: failed to create CSR: %w", ca.ErrConfig, err)
+	}
+	defer f.release(ch)
+	key, csr, err := newCSR(id)
+	if err != nil {
+		return nil, fmt.Errorf("failed to create CSR: %w", err)
+	}
+	out, err := securityapi.NewIstioCertificateServiceClient(ch.conn).CreateCertificate(cctx, f.request(id, csr))
+	if err != nil {
+		return nil, f.signingError(err)
+	}
+	return f.svid(ctx, id, key, out.GetCertChain())
+}
+
+// checkDomain spares the CA a request whose answer could not be accepted.
+func (f *fetcher) checkDomain(id spiffeid.ID) error {
+	td := id.TrustDomain()
+	if !f.cfg.Impersonate || td == f.trust.domain || slices.Contains(f.trust.aliases, td) {
+		return nil
+	}
+	return fmt.Errorf("%w: the CA signs for trust domain %q and its aliases, not for %s: set DEFAULT_TRUST_DOMAIN or TRUST_DOMAIN_ALIASES", ca.ErrConfig, f.trust.domain.Name(), id)
+}
+
+func (f *fetcher) request(id spiffeid.ID, csr string) *securityapi.IstioCertificateRequest {
+	fields := make(map[string]*structpb.Value)
+	if f.cfg.Impersonate {
+		fields[metaIdentity] = structpb.NewStringValue(id.String())
+		if f.cfg.ClusterID != "" {
+			fields[metaClusterID] = structpb.NewStringValue(f.cfg.ClusterID)
+		}
+	}
+	if f.cfg.CertSigner != "" {
+		fields[metaCertSigner] = structpb.NewStringValue(f.cfg.CertSigner)
+	}
+	in := &securityapi.IstioCertificateRequest{Csr: csr, ValidityDuration: int64(f.cfg.TTL / time.Second)}
+	if len(fields) > 0 {
+		in.Metadata = &structpb.Struct{Fields: fields}
+	}
+	return in
+}
+
+// svid makes an SVID of an answer.
+func (f *fetcher) svid(ctx context.Context, id spiffeid.ID, key crypto.Signer, elements []string) (*ca.SVID, error) {
+	var override *ca.Bundles
+	if f.override != nil {
+		set, err := f.override.look(ctx, 0)
+		if err != nil {
+			return nil, fmt.Errorf("%w: Roots: %w", ca.ErrConfig, err)
+		}
+		override = set.bundles
+	}
+	parts, err := splitChain(id, elements, override != nil)
+	if err != nil {
+		return nil, rejected{err}
+	}
+	bundles := override
+	if bundles == nil {
+		if bundles, err = f.bundles(ctx, parts.anchors); err != nil {
+			return nil, rejected{err}
+		}
+	}
+	svid, err := ca.NewSVID(f.cfg.Name, parts.presented, key, bundles)
+	if err != nil {
+		return nil, rejected{fmt.Errorf("did not find expected SAN: %s: %w", id, err)}
+	}
+	return svid, nil
+}
+
+// WatchRoots reports the anchors that are configured: those that count whatever
+// the CA says, or until it says something.
+func (f *fetcher) WatchRoots(ctx context.Context, update func(*ca.Bundles)) error {
+	source := f.server
+	if f.override != nil {
+		source = f.override
+	}
+	var last *rootSet
+	look := func() {
+		// Shared by all that watch: the file is looked at once per interval.
+		set, err := source.look(ctx, filewatch.DefaultInterval/2)
+		if err != nil || set == last {
+			return
+		}
+		if last = set; set.bundles != nil {
+			update(set.bundles)
+		}
+	}
+	look()
+	return filewatch.Run(ctx, filewatch.DefaultInterval, look)
+}

@@ -1,0 +1,213 @@
+// Package istio gets certificates from a CA that speaks the protocol of istiod,
+// istio.v1.auth.IstioCertificateService: istiod itself, istio-csr, or the agent
+// of Cilium. For each certificate it makes a key, sends a request that names the
+// identity both in the request and in its metadata (Cilium reads the one, the
+// others the second), and takes the trust anchors from the answer.
+package istio
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+)
+
+// Header is one gRPC metadata entry that goes with each request.
+type Header struct{ Name, Value string }
+
+// Config configures the client. Address is mandatory, everything else has a
+// default.
+type Config struct {
+	// Name is the provider's name. Default "istio".
+	Name string
+	// Address of the CA (CA_ADDRESS): https://host:port, or unix:///path for a CA
+	// on this node. A unix socket is used without TLS: whoever owns the socket is
+	// the CA, and sees the token. http:// is refused.
+	Address string
+	// RootFile (a path) or RootPEM holds the roots by which the CA's server
+	// certificate is judged (CA_ROOT_CA). Neither means those of the system. The
+	// file need not exist yet, and is read again when it changes. RootFile and
+	// RootPEM are also the trust anchors for peers until the CA's first answer,
+	// whose own anchors replace them: the two are never joined.
+	RootFile, RootPEM string
+	// AltHostname is a name that the CA's server certificate may have instead of
+	// the host in Address (ALT_CA_HOSTNAME): a DNS name or an IP address.
+	AltHostname string
+	// Headers are further metadata of each request (CA_HEADER_*).
+	Headers []Header
+	// TokenFile (a path, read for each request) or Token holds the bearer token.
+	// Neither means that no authorization is sent.
+	TokenFile, Token string
+	// ClusterID goes with the token, and with Impersonate.
+	ClusterID string
+	// CertSigner asks the CA for one of several signers. "" leaves it the choice.
+	CertSigner string
+	// Impersonate asks for the identities of the workloads of this node, as a
+	// shared proxy must. Without it the CA alone decides who we are, and any
+	// identity in its answer is taken.
+	Impersonate bool
+	// TrustDomain is the one for which the CA's anchors count
+	// (DEFAULT_TRUST_DOMAIN). Default cluster.local.
+	TrustDomain spiffeid.TrustDomain
+	// Aliases are other names of TrustDomain (TRUST_DOMAIN_ALIASES), for which they
+	// count, too.
+	Aliases []spiffeid.TrustDomain
+	// TTL is the life that is asked for (SECRET_TTL), in whole seconds. Default
+	// 24 h. CAs may grant another.
+	TTL time.Duration
+	// Roots is the path of a PEM file whose certificates are the trust anchors for
+	// peers, instead of those of RootFile, RootPEM and the answers (roots: in
+	// CA_CONFIG). It is looked at with each renewal.
+	Roots string
+	// TLS12 also allows TLS 1.2 to the CA (TLS12_ENABLED); PQC allows only
+	// X25519MLKEM768, hence only TLS 1.3 (COMPLIANCE_POLICY=pqc).
+	TLS12, PQC bool
+	// Dial, if not nil, makes the connections to the CA: network is tcp or unix.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Poll configures renewal and retry. Logger, Observe and AnyID are set as
+	// the fields here demand when they are not.
+	Poll ca.PollConfig
+	// Metrics counts the requests; nil counts nothing.
+	Metrics *ca.ProviderMetrics
+	// Logger; nil discards.
+	Logger *slog.Logger
+}
+
+// New makes the provider. It touches neither the network nor the files that cfg
+// names. Errors name the field that is wrong.
+func New(cfg Config) (ca.Provider, error) {
+	f, err := newFetcher(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("istio CA: %w", err)
+	}
+	return ca.Poll(f.cfg.Name, f, f.cfg.Poll), nil
+}
+
+func (c *Config) setDefaults() {
+	if c.Name == "" {
+		c.Name = "istio"
+	}
+	if c.TrustDomain.IsZero() {
+		c.TrustDomain = spiffeid.RequireTrustDomainFromString("cluster.local")
+	}
+	if c.TTL == 0 {
+		c.TTL = 24 * time.Hour
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Poll.Logger == nil {
+		c.Poll.Logger = c.Logger
+	}
+	if !c.Impersonate {
+		c.Poll.AnyID = true
+	}
+	if metrics, other := c.Metrics, c.Poll.Observe; metrics != nil {
+		c.Poll.Observe = func(err error, took time.Duration) {
+			metrics.Request(err, took)
+			if other != nil {
+				other(err, took)
+			}
+		}
+	}
+}
+
+func (c *Config) validate() error {
+	switch {
+	case c.TTL < time.Second:
+		return fmt.Errorf("TTL is %v, at least 1s is allowed", c.TTL)
+	case c.RootFile != "" && c.RootPEM != "":
+		return errors.New("RootFile and RootPEM are both set, only one is allowed")
+	case c.TokenFile != "" && c.Token != "":
+		return errors.New("TokenFile and Token are both set, only one is allowed")
+	case c.TLS12 && c.PQC:
+		return errors.New("TLS12 and PQC are both set: X25519MLKEM768 needs TLS 1.3")
+	}
+	if err := checkHeaderValue(c.ClusterID); err != nil {
+		return fmt.Errorf("ClusterID: %w", err)
+	}
+	return c.validateAltHostname()
+}
+
+func (c *Config) validateAltHostname() error {
+	if c.AltHostname == "" {
+		return nil
+	}
+	if _, err := netip.ParseAddr(c.AltHostname); err == nil {
+		return nil
+	}
+	if !dnsName(c.AltHostname) {
+		return fmt.Errorf("AltHostname: invalid alt hostname: %q, want a DNS name or an IP address", c.AltHostname)
+	}
+	return nil
+}
+
+// dnsName reports whether s is a host name, RFC 1123 §2.1; underscores are
+// tolerated, as resolvers do.
+func dnsName(s string) bool {
+	s = strings.TrimSuffix(s, ".")
+	if s == "" || len(s) > 253 {
+		return false
+	}
+	for label := range strings.SplitSeq(s, ".") {
+		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
+			return false
+		}
+		for _, c := range []byte(label) {
+			if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_') {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// endpoint is where the CA listens.
+type endpoint struct {
+	network string // tcp or unix
+	address string // host:port, or the path of a socket
+	host    string // whose name the server certificate has; "" for a socket
+}
+
+const wantAddress = "want https://host:port or unix:///path"
+
+func parseAddress(s string) (endpoint, error) {
+	if s == "" {
+		return endpoint{}, errors.New("Address is empty, " + wantAddress)
+	}
+	u, err := url.Parse(s)
+	if err != nil {
+		return endpoint{}, fmt.Errorf("Address %q: %w, "+wantAddress, s, err)
+	}
+	switch {
+	case u.Scheme == "http":
+		return endpoint{}, fmt.Errorf("Address %q: http is refused, since token and certificates would cross the network in the clear; "+wantAddress, s)
+	case u.Scheme != "https" && u.Scheme != "unix":
+		return endpoint{}, fmt.Errorf("Address %q: unknown scheme %q, "+wantAddress, s, u.Scheme)
+	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Opaque != "":
+		return endpoint{}, fmt.Errorf("Address %q: there is more than an address, "+wantAddress, s)
+	}
+	if u.Scheme == "unix" {
+		if u.Host != "" || !strings.HasPrefix(u.Path, "/") || strings.HasSuffix(u.Path, "/") {
+			return endpoint{}, fmt.Errorf("Address %q: no absolute path of a socket, "+wantAddress, s)
+		}
+		return endpoint{network: "unix", address: u.Path}, nil
+	}
+	if u.Hostname() == "" || u.Path != "" && u.Path != "/" {
+		return endpoint{}, fmt.Errorf("Address %q: no host, or a path behind it, "+wantAddress, s)
+	}
+	port := u.Port()
+	if port == "" {
+		port = "443"
+	}
+	return endpoint{network: "tcp", address: net.JoinHostPort(u.Hostname(), port), host: u.Hostname()}, nil
+}
