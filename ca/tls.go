@@ -18,7 +18,7 @@ const alpn = "h2"
 // The zero value is the default.
 type TLSOptions struct {
 	TLS12 bool // also allow TLS 1.2 (TLS12_ENABLED)
-	PQC   bool // only X25519MLKEM768, hence only TLS 1.3 (COMPLIANCE_POLICY=pqc)
+	PQC   bool // only X25519MLKEM768, hence only TLS 1.3 (COMPLIANCE_POLICY=pqc); see [HasPostQuantum]
 
 	// DefaultTrustDomain is the trust domain of this mesh, and Aliases are its
 	// other names (design D2). They compare equal when our own SVID is in one
@@ -160,7 +160,9 @@ func baseTLS(svid *SVID, opts TLSOptions) *tls.Config {
 		// A resumed session would not be verified anew (CVE-2025-68121), and
 		// configurations live too short to resume anything.
 		SessionTicketsDisabled: true,
-		CurvePreferences:       []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256, tls.CurveP384},
+		// What the module of this build does not do, crypto/tls leaves out. P-256
+		// is in each: nodes of different builds meet there at the latest.
+		CurvePreferences: []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256, tls.CurveP384},
 		// Tunnels carry bulk data: always the largest record.
 		DynamicRecordSizingDisabled: true,
 	}

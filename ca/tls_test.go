@@ -192,51 +192,6 @@ func TestTLSAlerts(t *testing.T) {
 }
 
 // TestTLSOptions: versions, suites and groups.
-func TestTLSOptions(t *testing.T) {
-	svid := catest.NewCA(t, "td.test").SVID(t, web)
-	classic := func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.X25519, tls.CurveP256} }
-	tests := []struct {
-		name           string
-		client, server ca.TLSOptions
-		change         func(client *tls.Config)
-		version        uint16 // 0: refused
-		curve          tls.CurveID
-	}{
-		{"default", ca.TLSOptions{}, ca.TLSOptions{}, nil, tls.VersionTLS13, tls.X25519MLKEM768},
-		{"peer without the hybrid", ca.TLSOptions{}, ca.TLSOptions{}, classic, tls.VersionTLS13, tls.X25519},
-		{"PQC", ca.TLSOptions{PQC: true}, ca.TLSOptions{}, nil, tls.VersionTLS13, tls.X25519MLKEM768},
-		{"PQC at the server, classic peer", ca.TLSOptions{}, ca.TLSOptions{PQC: true}, classic, 0, 0},
-		{"TLS 1.2 allowed, 1.3 preferred", ca.TLSOptions{TLS12: true}, ca.TLSOptions{TLS12: true}, nil, tls.VersionTLS13, tls.X25519MLKEM768},
-		{"TLS 1.2 peer", ca.TLSOptions{TLS12: true}, ca.TLSOptions{TLS12: true}, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, tls.VersionTLS12, tls.X25519},
-		{"TLS 1.2 peer with PQC", ca.TLSOptions{TLS12: true}, ca.TLSOptions{TLS12: true, PQC: true}, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }, 0, 0},
-		{"TLS 1.2 with a weak suite", ca.TLSOptions{TLS12: true}, ca.TLSOptions{TLS12: true}, func(c *tls.Config) {
-			c.MaxVersion = tls.VersionTLS12
-			c.CipherSuites = []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA}
-		}, 0, 0},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			client := clientTLS(t, svid, tt.client, web)
-			if tt.change != nil {
-				tt.change(client)
-			}
-			cs, _, clientErr, serverErr := connectStates(t, client, ca.ServerTLS(svid, tt.server))
-			if tt.version == 0 {
-				if clientErr == nil || serverErr == nil {
-					t.Errorf("accepted with %x, want a refusal", cs.Version)
-				}
-				return
-			}
-			if clientErr != nil || serverErr != nil {
-				t.Fatalf("client %v, server %v", clientErr, serverErr)
-			}
-			if cs.Version != tt.version || cs.CurveID != tt.curve {
-				t.Errorf("version %x, group %v, want %x, %v", cs.Version, cs.CurveID, tt.version, tt.curve)
-			}
-		})
-	}
-}
-
 // TestID_TL01_Chain is TL-01: the leaf and two intermediates are presented, the
 // root is not.
 func TestID_TL01_Chain(t *testing.T) {

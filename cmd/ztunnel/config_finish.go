@@ -19,7 +19,7 @@ import (
 // each other.
 func (l *loader) finish() {
 	c := l.cfg
-	c.TLS.CryptoProvider = cryptoProvider()
+	c.TLS.CryptoProvider = ca.CryptoProvider()
 	if id, ok := l.env["ISTIO_META_CLUSTER_ID"]; ok {
 		l.show("CLUSTER_ID", id, "env ISTIO_META_CLUSTER_ID")
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/fips140"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 )
 
@@ -221,11 +221,14 @@ func setCompliance(l *loader, v value) error {
 	switch v.text {
 	case "":
 	case "pqc":
+		if !ca.HasPostQuantum() {
+			return fmt.Errorf("the crypto provider %s of this build has no X25519MLKEM768: take a build with CRYPTO=go or CRYPTO=fips140", ca.CryptoProvider())
+		}
 		l.cfg.TLS.PostQuantum = true
 	case "fips-140-2", "fips-140-3":
 		l.cfg.TLS.FIPSRequested = true
-		if !fips140.Enabled() {
-			l.warn(v.name, "%s asks for the FIPS module, which is not active in this build (crypto provider %s)", v.text, cryptoProvider())
+		if !ca.FIPS() {
+			l.warn(v.name, "%s asks for a FIPS module, which is not active here (crypto provider %s): take a build with CRYPTO=fips140 or CRYPTO=boring", v.text, ca.CryptoProvider())
 		}
 	default:
 		l.warn(v.name, "%q has no effect: known are pqc, fips-140-2, fips-140-3", v.text)

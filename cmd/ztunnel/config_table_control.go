@@ -83,7 +83,7 @@ var authzVars = group{name: "Authorization", vars: []variable{
 
 var tlsVars = group{name: "TLS", vars: []variable{
 	{name: "TLS12_ENABLED", typ: "`true`", doc: "Allow TLS 1.2. Any other value is ignored.", set: setTLS12},
-	{name: "COMPLIANCE_POLICY", typ: "`pqc`, `fips-140-2`, `fips-140-3`", doc: "`pqc`: only the key exchange X25519MLKEM768. `fips-…` asks for a build with the FIPS module (`make build CRYPTO=fips`). Any other value is ignored.", set: setCompliance},
+	{name: "COMPLIANCE_POLICY", typ: "`pqc`, `fips-140-2`, `fips-140-3`", doc: "`pqc`: only the key exchange X25519MLKEM768; an error in a build with `CRYPTO=boring`, which does not have it. `fips-…` asks for a build with a FIPS module (`make build CRYPTO=fips140` or `CRYPTO=boring`); another build warns. Any other value is ignored.", set: setCompliance},
 }}
 
 var dnsVars = group{name: "DNS proxy", doc: "This build has no DNS proxy.", vars: []variable{

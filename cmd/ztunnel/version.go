@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/fips140"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -9,6 +8,8 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/ztunnel-go/ztunnel/ca"
 )
 
 // Set by the linker (Makefile); a plain `go build` falls back to what the
@@ -43,7 +44,7 @@ func buildInfo() BuildInfo {
 	b := BuildInfo{
 		BuildProfile:   "release",
 		BuildStatus:    buildStatus,
-		CryptoProvider: cryptoProvider(),
+		CryptoProvider: ca.CryptoProvider(),
 		GitRevision:    gitRevision,
 		IstioVersion:   istioVersion,
 		RustVersion:    runtime.Version(),
@@ -68,17 +69,6 @@ func buildInfo() BuildInfo {
 		}
 	}
 	return b
-}
-
-// cryptoProvider names the cryptographic module in use (design D4).
-func cryptoProvider() string {
-	switch {
-	case boringEnabled():
-		return "go-boringcrypto"
-	case fips140.Enabled():
-		return "go-fips140-3 " + fips140.Version()
-	}
-	return "go-crypto"
 }
 
 func newVersionCommand() *cobra.Command {

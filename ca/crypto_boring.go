@@ -1,0 +1,17 @@
+//go:build boringcrypto
+
+package ca
+
+import (
+	"crypto/boring"
+	// Limits the TLS of the whole process to what BoringCrypto does: without it
+	// Go's own code would serve the rest, X25519 and ChaCha20 among it.
+	_ "crypto/tls/fipsonly"
+)
+
+// boringActive tells whether BoringCrypto does the cryptography. The toolchain
+// has it for Linux on amd64 and arm64.
+func boringActive() bool { return boring.Enabled() }
+
+// postQuantum tells whether X25519MLKEM768 can be negotiated.
+const postQuantum = false

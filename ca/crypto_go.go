@@ -1,0 +1,7 @@
+//go:build !boringcrypto
+
+package ca
+
+func boringActive() bool { return false }
+
+const postQuantum = true
