@@ -2,6 +2,7 @@ package ca
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -38,6 +39,16 @@ func (l *Lease) SVID(ctx context.Context) (*SVID, error) {
 func (l *Lease) Current() (*SVID, bool) {
 	v := l.view.Load()
 	return v.svid, v.state == Available
+}
+
+// Withdrawn is why the provider took the identity back, nil when it did not: an
+// SVID that has expired, or was never there, is another matter. It does not wait.
+func (l *Lease) Withdrawn() error {
+	v := l.view.Load()
+	if v.state != Withdrawn || errors.Is(v.err, ErrReleased) {
+		return nil
+	}
+	return v.err
 }
 
 func (l *Lease) wait(ctx context.Context) (*SVID, error) {

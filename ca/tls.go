@@ -30,9 +30,13 @@ type TLSOptions struct {
 
 	// Tolerated, if not nil, counts the rules that compatible mode forgave.
 	Tolerated func(rule string)
-	// Revoked, if not nil, is asked about every verified path, leaf first and
-	// anchor last; an error refuses the peer. It must not block for long.
+	// Revoked, if not nil, is asked about every path that would be accepted,
+	// leaf first and anchor last; the peer is refused when no path is left. It
+	// must not block for long. [CRLs.Check] is such a function.
 	Revoked func(path []*x509.Certificate) error
+	// Judged, if not nil, is told of each peer: what was verified, or why it is
+	// refused. It runs within the handshake and must not block.
+	Judged func(Verified, error)
 }
 
 // PeerError is a peer with a valid certificate of another identity than the
@@ -55,17 +59,13 @@ func (e *PeerError) Error() string {
 func ServerTLS(svid *SVID, opts TLSOptions) *tls.Config {
 	conf := baseTLS(svid, opts)
 	conf.ClientAuth = tls.RequireAnyClientCert
-	conf.VerifyConnection = func(cs tls.ConnectionState) error {
-		v, err := verifyPeer(cs, svid, Client, opts)
-		if err != nil {
-			return err
-		}
-		own := svid.ID.TrustDomain()
-		if !opts.sameDomain(own, own, v.ID.TrustDomain()) {
-			return &PeerError{Want: fmt.Sprintf("trustdomain (%s)", own.Name()), Got: v.ID}
+	own := svid.ID.TrustDomain()
+	conf.VerifyConnection = verifyConnection(svid, Client, opts, func(peer spiffeid.ID) error {
+		if !opts.sameDomain(own, own, peer.TrustDomain()) {
+			return &PeerError{Want: fmt.Sprintf("trustdomain (%s)", own.Name()), Got: peer}
 		}
 		return nil
-	}
+	})
 	return conf
 }
 
@@ -83,19 +83,15 @@ func ClientTLS(svid *SVID, expected []spiffeid.ID, opts TLSOptions) (*tls.Config
 	conf := baseTLS(svid, opts)
 	// No server name is sent or checked; VerifyConnection judges instead.
 	conf.InsecureSkipVerify = true
-	conf.VerifyConnection = func(cs tls.ConnectionState) error {
-		v, err := verifyPeer(cs, svid, Server, opts)
-		if err != nil {
-			return err
-		}
-		own := svid.ID.TrustDomain()
+	own := svid.ID.TrustDomain()
+	conf.VerifyConnection = verifyConnection(svid, Server, opts, func(peer spiffeid.ID) error {
 		for _, e := range expected {
-			if v.ID == e || v.ID.Path() == e.Path() && opts.sameDomain(own, e.TrustDomain(), v.ID.TrustDomain()) {
+			if peer == e || peer.Path() == e.Path() && opts.sameDomain(own, e.TrustDomain(), peer.TrustDomain()) {
 				return nil
 			}
 		}
-		return &PeerError{Want: fmt.Sprintf("SAN (%s)", join(expected)), Got: v.ID}
-	}
+		return &PeerError{Want: fmt.Sprintf("SAN (%s)", join(expected)), Got: peer}
+	})
 	return conf, nil
 }
 
@@ -119,19 +115,21 @@ func PeerID(cs tls.ConnectionState) (spiffeid.ID, error) {
 	return leafID(cs.PeerCertificates[0])
 }
 
-func verifyPeer(cs tls.ConnectionState, svid *SVID, usage Usage, opts TLSOptions) (Verified, error) {
-	v, err := VerifySVID(cs.PeerCertificates, svid.Bundles, VerifyOptions{
-		Usage: usage, Validation: opts.Validation, Tolerated: opts.Tolerated,
-	})
-	if err != nil {
-		return Verified{}, err
-	}
-	if opts.Revoked != nil {
-		if err := opts.Revoked(v.Path); err != nil {
-			return Verified{}, err
+// verifyConnection judges a peer in the given role: first its certificate, then
+// whether it is one of those that the connection allows.
+func verifyConnection(svid *SVID, usage Usage, opts TLSOptions, allowed func(spiffeid.ID) error) func(tls.ConnectionState) error {
+	return func(cs tls.ConnectionState) error {
+		v, err := VerifySVID(cs.PeerCertificates, svid.Bundles, VerifyOptions{
+			Usage: usage, Validation: opts.Validation, Tolerated: opts.Tolerated, Revoked: opts.Revoked,
+		})
+		if err == nil {
+			err = allowed(v.ID)
 		}
+		if opts.Judged != nil {
+			opts.Judged(v, err)
+		}
+		return err
 	}
-	return v, nil
 }
 
 // sameDomain reports whether a and b name one trust domain for the holder of a

@@ -89,6 +89,9 @@ type VerifyOptions struct {
 	// that compatible mode forgives (R20, R22, R23, R25), once per accepted
 	// chain and rule. It must not block.
 	Tolerated func(rule string)
+	// Revoked, if not nil, is asked about every path that would be accepted,
+	// leaf first and anchor last; an error refuses that path.
+	Revoked func(path []*x509.Certificate) error
 }
 
 // Verified is an accepted chain.
@@ -96,15 +99,16 @@ type Verified struct {
 	ID     spiffeid.ID
 	Path   []*x509.Certificate // the verified path: leaf first, the anchor last
 	Anchor Anchor
-	Mode   Mode // the mode under which it was accepted
+	Mode   Mode      // the mode under which it was accepted
+	At     time.Time // at which it was valid
 }
 
 // VerifySVID judges a presented chain, leaf first, by the bundle of the leaf's
 // own trust domain, and returns the one identity in it. Further presented
 // certificates may stand in any order, and may be superfluous. The error is a
-// *[VerifyError]. DNS names, IP addresses and other names in the leaf are
-// ignored (R18). Several anchors may end the chain: one that accepts suffices,
-// strict ones are asked first.
+// *[VerifyError], or of opts.Revoked. DNS names, IP addresses and other names in
+// the leaf are ignored (R18). Several paths may lead to anchors: one that is
+// accepted suffices, those to strict anchors are asked first.
 func VerifySVID(chain []*x509.Certificate, bundles *Bundles, opts VerifyOptions) (Verified, error) {
 	if err := checkSize(chain); err != nil {
 		return Verified{}, err
@@ -119,6 +123,9 @@ func VerifySVID(chain []*x509.Certificate, bundles *Bundles, opts VerifyOptions)
 	}
 	if err := checkLeafUsage(leaf, opts.Usage); err != nil {
 		return Verified{}, err
+	}
+	if opts.Now.IsZero() {
+		opts.Now = time.Now()
 	}
 	td := id.TrustDomain()
 	if len(bundles.Anchors(td)) == 0 {
@@ -189,12 +196,8 @@ func verifyPaths(chain []*x509.Certificate, roots *x509.CertPool, opts VerifyOpt
 	case Own:
 		usages = append(usages, x509.ExtKeyUsageServerAuth)
 	}
-	now := opts.Now
-	if now.IsZero() {
-		now = time.Now()
-	}
 	paths, err := chain[0].Verify(x509.VerifyOptions{
-		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: usages,
+		Roots: roots, Intermediates: intermediates, CurrentTime: opts.Now, KeyUsages: usages,
 	})
 	if err == nil {
 		return paths, nil
@@ -210,9 +213,11 @@ func verifyPaths(chain []*x509.Certificate, roots *x509.CertPool, opts VerifyOpt
 	return nil, refuse("R24", "%v", err)
 }
 
-// choosePath accepts the first path that its anchor's mode allows.
+// choosePath accepts the first path that its anchor's mode allows and of which
+// nothing is revoked. That something is revoked outweighs the other reasons.
 func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, opts VerifyOptions) (Verified, error) {
 	err := refuse("R29", "no anchor ends the chain")
+	var revoked *RevokedError
 	for _, want := range []Mode{Strict, Compatible} {
 		for _, path := range paths {
 			if len(path) < 2 { // crypto/x509 trusts a leaf that stands among the roots
@@ -227,14 +232,23 @@ func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, o
 				if tolerated, err = judgePath(path, id, a.origin, want); err != nil {
 					continue
 				}
+				if opts.Revoked != nil {
+					if err = opts.Revoked(path); err != nil {
+						errors.As(err, &revoked)
+						continue
+					}
+				}
 				if opts.Tolerated != nil {
 					for _, rule := range tolerated {
 						opts.Tolerated(rule)
 					}
 				}
-				return Verified{ID: id, Path: path, Anchor: a, Mode: want}, nil
+				return Verified{ID: id, Path: path, Anchor: a, Mode: want, At: opts.Now}, nil
 			}
 		}
+	}
+	if revoked != nil {
+		err = revoked
 	}
 	return Verified{}, err
 }

@@ -13,6 +13,12 @@ var (
 	ErrPolicyChanged = errors.New("connection closed due to policy change")
 	// ErrDraining ends the connections that are left when the drain deadline has passed.
 	ErrDraining = errors.New("connection closed due to connection drain")
+	// ErrCertificateRevoked ends the tunnels of a peer that a CRL revokes.
+	ErrCertificateRevoked = errors.New("connection closed: peer certificate revoked by CRL")
+	// errAnchorRemoved ends the tunnels of a peer whom we would not believe any more.
+	errAnchorRemoved = errors.New("connection closed: no bundle of ours vouches for the peer certificate any more")
+	// errIdentityWithdrawn ends the tunnels of an identity that is no longer ours.
+	errIdentityWithdrawn = errors.New("connection closed: our identity was withdrawn")
 	// errSelfCall refuses a connection to our own listeners.
 	errSelfCall = errors.New("attempted recursive call to ourselves")
 )

@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 )
 
 // handshakes are the places for concurrent TLS handshakes: without a cap, a
@@ -86,16 +87,17 @@ func (p *Proxy) newHandshake(src netip.Addr) *handshake {
 // ClientHello is there, so that a connection that says nothing takes none, and
 // is free again when the peer was verified, which ends the costly part, or when
 // the connection ends.
-func (h *handshake) config(ctx context.Context) (*tls.Config, error) {
+func (h *handshake) config(ctx context.Context) (hbone.Handshake, error) {
 	local, err := h.p.localWorkload(ctx)
 	if err != nil {
-		return nil, err
+		return hbone.Handshake{}, err
 	}
 	svid, err := h.p.svid(ctx, local)
 	if err != nil {
-		return nil, err
+		return hbone.Handshake{}, err
 	}
-	config := ca.ServerTLS(svid, h.p.cfg.TLS).Clone()
+	t := h.p.newTunnel(reporterDestination, svid)
+	config := ca.ServerTLS(svid, t.options()).Clone()
 	config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		leave, err := h.p.handshakes.enter(hello.Context(), h.src)
 		if err == nil {
@@ -108,7 +110,7 @@ func (h *handshake) config(ctx context.Context) (*tls.Config, error) {
 		defer h.leave()
 		return verify(cs)
 	}
-	return config, nil
+	return hbone.Handshake{TLS: config, Established: t.established}, nil
 }
 
 // done gives the place back, if the handshake did not.

@@ -43,6 +43,13 @@ func (h *leaseHolder) leaseFor(w *state.Workload, podUID string) (*ca.Lease, err
 	return h.lease, nil
 }
 
+// current is the lease, nil while there is none.
+func (h *leaseHolder) current() *ca.Lease {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.lease
+}
+
 func (h *leaseHolder) release() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -68,12 +75,4 @@ func (p *Proxy) svid(ctx context.Context, w *state.Workload) (*ca.SVID, error) {
 		return nil, &identityError{err}
 	}
 	return svid, nil
-}
-
-// followTrust retires the outbound tunnels that were made under another trust
-// than the lease has now (design §3, tunnels and certificates).
-func (p *Proxy) followTrust(lease *ca.Lease) {
-	if svid, ok := lease.Current(); ok {
-		p.retireEpoch(svid.Epoch())
-	}
 }

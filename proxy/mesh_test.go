@@ -399,10 +399,10 @@ func (n *node) wantMetric(want float64, name string, labels map[string]string) {
 }
 
 // dialer connects to n's HBONE listener from an address of no node.
-func (m *mesh) dialer(n *node, config *tls.Config) func(context.Context, string) (net.Conn, *tls.Config, error) {
+func (m *mesh) dialer(n *node, config *tls.Config) func(context.Context, string) (net.Conn, hbone.Handshake, error) {
 	host := m.net.Host(netip.MustParseAddr("10.0.9.1"))
-	return func(ctx context.Context, _ string) (net.Conn, *tls.Config, error) {
+	return func(ctx context.Context, _ string) (net.Conn, hbone.Handshake, error) {
 		c, err := host.Dial(ctx, netip.Addr{}, netip.AddrPortFrom(n.addr, 15008))
-		return c, config, err
+		return c, hbone.Handshake{TLS: config}, err
 	}
 }

@@ -15,6 +15,7 @@ type Metrics struct {
 	traffic                   *metric.Set // the families fam…: one label set
 	sockets                   *prometheus.GaugeVec
 	rejected, resets, missing *prometheus.CounterVec
+	revoked, untracked        *prometheus.CounterVec
 	panics                    prometheus.Counter
 }
 
@@ -63,14 +64,16 @@ func NewMetrics(r prometheus.Registerer, cfg MetricsConfig) *Metrics {
 		sockets: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "istio_tcp_sockets_open", Help: "The number of accepted TCP sockets that are open (unstable)",
 		}, []string{"reporter"}),
-		rejected: vec("istio_tcp_connections_rejected", "The number of connections refused before they were opened, by the reason (unstable)", "reporter", "reason"),
-		resets:   vec("istio_tcp_resets", "The number of connections that an application reset, by its side (unstable)", "reporter", "reset"),
-		missing:  vec("istio_authz_missing_policies", "The number of decisions that met a policy which the workload names and nobody has sent (unstable)"),
+		rejected:  vec("istio_tcp_connections_rejected", "The number of connections refused before they were opened, by the reason (unstable)", "reporter", "reason"),
+		resets:    vec("istio_tcp_resets", "The number of connections that an application reset, by its side (unstable)", "reporter", "reset"),
+		missing:   vec("istio_authz_missing_policies", "The number of decisions that met a policy which the workload names and nobody has sent (unstable)"),
+		revoked:   vec("istio_crl_policy_rejections", "The number of handshakes refused and tunnels ended because a certificate of the peer is revoked (unstable)", "reporter"),
+		untracked: vec("istio_crl_untracked_connections", "The number of tunnels to which the revocation lists could not be applied (unstable)", "reporter"),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "istio_panics", Help: "The number of panics that ended one connection only (unstable)",
 		}),
 	}
-	r.MustRegister(m.traffic, m.sockets, m.rejected, m.resets, m.missing, m.panics)
+	r.MustRegister(m.traffic, m.sockets, m.rejected, m.resets, m.missing, m.revoked, m.untracked, m.panics)
 	return m
 }
 

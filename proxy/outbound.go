@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -255,31 +254,32 @@ func (p *Proxy) retireEpoch(now ca.Epoch) {
 var errTrustChanged = errors.New("the certificate's issuer or bundle has changed")
 
 // dialTunnel connects for the pool. It runs once per key, whoever waits.
-func (p *Proxy) dialTunnel(ctx context.Context, k poolKey) (net.Conn, *tls.Config, error) {
+func (p *Proxy) dialTunnel(ctx context.Context, k poolKey) (net.Conn, hbone.Handshake, error) {
 	local, err := p.localWorkload(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, hbone.Handshake{}, err
 	}
 	svid, err := p.svid(ctx, local)
 	if err != nil {
-		return nil, nil, err
+		return nil, hbone.Handshake{}, err
 	}
 	if svid.ID != k.source {
-		return nil, nil, &identityError{fmt.Errorf("the local workload is now %s, the connection was accepted for %s", svid.ID, k.source)}
+		return nil, hbone.Handshake{}, &identityError{fmt.Errorf("the local workload is now %s, the connection was accepted for %s", svid.ID, k.source)}
 	}
 	expected, err := splitIDs(k.expected)
 	if err != nil {
-		return nil, nil, &tlsConfigError{err}
+		return nil, hbone.Handshake{}, &tlsConfigError{err}
 	}
-	config, err := ca.ClientTLS(svid, expected, p.cfg.TLS)
+	t := p.newTunnel(reporterSource, svid)
+	config, err := ca.ClientTLS(svid, expected, t.options())
 	if err != nil {
-		return nil, nil, &tlsConfigError{err}
+		return nil, hbone.Handshake{}, &tlsConfigError{err}
 	}
 	conn, err := p.cfg.Network.Dial(ctx, netip.Addr{}, k.dst)
 	if err != nil {
-		return nil, nil, &dialError{hbone: true, err: err}
+		return nil, hbone.Handshake{}, &dialError{hbone: true, err: err}
 	}
-	return conn, config, nil
+	return conn, hbone.Handshake{TLS: config, Established: t.established}, nil
 }
 
 // factsOf renders the baggage of the local workload once per version of it.

@@ -29,6 +29,7 @@ type Config struct {
 	Store   *state.Store
 	Certs   *ca.Manager
 	TLS     ca.TLSOptions
+	CRLs    *ca.CRLs  // asked about every peer, and followed; nil: nothing is revoked
 	Local   state.Ref // the pod for which it stands in
 	PodUID  string    // of that pod, "" when there is none but the one of Local
 
@@ -67,6 +68,7 @@ type Proxy struct {
 	server     *hbone.Server
 	pool       *hbone.Pool[poolKey]
 	tracker    *conntrack
+	tunnels    tunnels
 	handshakes *handshakes
 
 	identity leaseHolder
@@ -90,6 +92,9 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.CRLs != nil {
+		cfg.TLS.Revoked = cfg.CRLs.Check
 	}
 	cfg.WorkloadWait = cmp.Or(cfg.WorkloadWait, 5*time.Second)
 	cfg.CertificateWait = cmp.Or(cfg.CertificateWait, 10*time.Second)
@@ -179,6 +184,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	watchCtx, stopWatch := context.WithCancel(ctx)
 	var watchers sync.WaitGroup
 	watchers.Go(func() { p.watchState(watchCtx) })
+	watchers.Go(func() { p.watchTrust(watchCtx) })
 
 	var loops sync.WaitGroup
 	loops.Go(func() { p.acceptLoop(ctx, p.outbound, "outbound", p.serveOutbound) })
@@ -293,25 +299,15 @@ func (p *Proxy) localWorkload(ctx context.Context) (*state.Workload, error) {
 	}
 }
 
-// watchState follows the store and our certificate: it re-checks the open
-// connections against the policies, lets tunnels end whose workload has moved
-// or whose trust is no longer ours, and fetches the certificate before the
-// first connection asks for it.
+// watchState follows the store: it re-checks the open connections against the
+// policies, and lets tunnels end whose workload has moved.
 func (p *Proxy) watchState(ctx context.Context) {
 	var local *state.Workload
 	var policies <-chan struct{} // nil: they have changed since the last look
 	for {
 		// The channels before the look, so that no change is lost.
 		changed, policiesChanged := p.cfg.Store.Changed(), p.cfg.Store.PoliciesChanged()
-		renewed := never
-		w, ok := p.cfg.Store.Local(p.cfg.Local)
-		if ok {
-			if lease, err := p.identity.leaseFor(w, p.cfg.PodUID); err == nil {
-				renewed = lease.Changed()
-				p.followTrust(lease)
-			}
-		}
-		if ok && w != local {
+		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok && w != local {
 			local, policies = w, nil // its policy list may be another one
 			p.missing.Clear()
 		}
@@ -323,7 +319,6 @@ func (p *Proxy) watchState(ctx context.Context) {
 		select {
 		case <-changed:
 		case <-policiesChanged:
-		case <-renewed:
 		case <-ctx.Done():
 			return
 		}

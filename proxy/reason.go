@@ -22,6 +22,7 @@ const (
 	flagH2            = "H2_HANDSHAKE_FAILURE"
 	flagNetworkPolicy = "NETWORK_POLICY"
 	flagIdentity      = "IDENTITY_ERROR"
+	flagRevoked       = "CERT_REVOKED"
 )
 
 // reason maps how a connection ended to the text of the access log and to
@@ -37,6 +38,8 @@ func reason(err error) (text, flag string) {
 	switch {
 	case err == nil:
 		return "", flagNone
+	case errors.Is(err, ErrCertificateRevoked): // it outweighs whatever else has happened
+		return ErrCertificateRevoked.Error(), flagRevoked
 	case errors.Is(err, ErrDraining):
 		return ErrDraining.Error(), flagNone
 	case errors.Is(err, errAbandoned):
@@ -45,6 +48,13 @@ func reason(err error) (text, flag string) {
 		return ErrPolicyChanged.Error(), flagDeny
 	case errors.As(err, &denied):
 		return denied.Error(), flagDeny
+	case errors.Is(err, errAnchorRemoved):
+		return err.Error(), flagTLS
+	case errors.Is(err, errIdentityWithdrawn):
+		return err.Error(), flagIdentity
+	case errors.As(err, &open) && isRevoked(err):
+		text, _ = openReason(open.err)
+		return text, flagRevoked
 	case errors.As(err, &identity):
 		return identity.Error(), flagIdentity
 	case errors.As(err, &config):

@@ -53,6 +53,14 @@ func (c *CA) Intermediate(tb testing.TB, opts ...Option) *CA {
 	return &CA{TrustDomain: c.TrustDomain, Cert: cert, Key: key, Above: slices.Concat([]*x509.Certificate{cert}, c.Above), Root: c.Root}
 }
 
+// Cross signs the key and the name of other, whose chains then also lead to c.
+func (c *CA) Cross(tb testing.TB, other *CA) *x509.Certificate {
+	tb.Helper()
+	template := *other.Cert
+	template.SerialNumber = nil
+	return sign(tb, &template, c.Cert, other.Key.Public(), c.Key)
+}
+
 // Renewed is c with a new key and the same name: a rotated root.
 func (c *CA) Renewed(tb testing.TB) *CA {
 	tb.Helper()

@@ -249,7 +249,6 @@ func (l *loader) refuseUnsupported() {
 		{"XDS_ON_DEMAND", "on-demand xDS is not supported by this build yet: unset it or set false", c.XDS.OnDemand},
 		{"UNSTABLE_ENABLE_SOCKS5", "SOCKS5 is not supported by this build yet: unset it or set false", c.Proxy.SOCKS5},
 		{"ISTIO_META_DNS_CAPTURE", "the DNS proxy is not supported by this build yet: unset it or set false", c.DNS.Enabled},
-		{"CRL_PATH", "certificate revocation lists are not supported by this build yet: unset it", c.CA.CRLPath != ""},
 		{"CA_ROUTES", "several providers are not supported by this build yet: unset it", l.values["CA_ROUTES"].text != ""},
 		{"CA_CONFIG", "several providers are not supported by this build yet: unset it", l.values["CA_CONFIG"].text != ""},
 	} {

@@ -51,7 +51,6 @@ const (
 	laterShared = "shared mode"
 	laterDNS    = "DNS proxy"
 	laterSOCKS  = "SOCKS5"
-	laterCRL    = "revocation"
 	laterRoutes = "several providers"
 	laterTunnel = "application tunnels"
 )

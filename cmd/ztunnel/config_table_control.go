@@ -21,7 +21,7 @@ var caVars = group{name: "Certificates", doc: "Who signs for the workloads, and 
 	{name: "CA_ROUTES", typ: "string", doc: "Which namespaces and trust domains are served by which provider. A value is refused until then.", since: laterRoutes, set: check(text)},
 	{name: "CA_CONFIG", typ: "path", doc: "The same as a file. A value is refused until then.", since: laterRoutes, set: check(text)},
 	{name: "SVID_WITHDRAW_GRACE", typ: "duration", def: "5s", doc: "How long an identity that its provider took back is still used.", since: laterSPIRE, set: check(parseDuration)},
-	{name: "CRL_PATH", typ: "path", doc: "The certificate revocation list; empty = unset. A value is refused until then.", since: laterCRL,
+	{name: "CRL_PATH", typ: "path", doc: "The certificate revocation lists, PEM or DER, read again when the file changes; it may come later. Empty: nothing is revoked.",
 		set: to(text, func(c *Config) *string { return &c.CA.CRLPath })},
 	{name: "CA_ADDRESS", typ: "URI", defDoc: "`https://istiod.istio-system.svc:15012` in Kubernetes, else `https://localhost:15012`", parseEmpty: true,
 		doc: "The Istio CA. `https://` is assumed.", since: laterCA, set: setCAAddress},

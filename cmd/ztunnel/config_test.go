@@ -278,7 +278,6 @@ func TestID_CF04_Validation(t *testing.T) {
 		{"DNS on", "ISTIO_META_DNS_CAPTURE=TRUE", "the DNS proxy is not supported by this build yet"},
 		{"DNS off", "ISTIO_META_DNS_CAPTURE=false", ""},
 		{"DNS on in metadata", "PROXY_CONFIG=proxyMetadata: {DNS_CAPTURE: 'true'}", "the DNS proxy is not supported by this build yet"},
-		{"CRL", "CRL_PATH=/crl.pem", "certificate revocation lists are not supported by this build yet"},
 		{"CRL empty is unset", "CRL_PATH=", ""},
 		{"routes", "CA_ROUTES=a=b", "several providers are not supported by this build yet"},
 		{"validation", "SVID_VALIDATION=lax", "(must be one of strict, compatible)"},

@@ -67,6 +67,8 @@ func tlsOptions(cfg *Config, t trust) ca.TLSOptions {
 	}
 }
 
+func crlConfig(cfg *Config) ca.CRLConfig { return ca.CRLConfig{Path: cfg.CA.CRLPath} }
+
 func stateConfig(cfg *Config) state.Config {
 	c := state.Config{
 		NodeName: cfg.Proxy.Node, Network: cfg.Proxy.Network, ClusterID: cfg.Proxy.ClusterID,

@@ -18,7 +18,7 @@ func produced(t *testing.T, cfg *Config) string {
 	}
 	return fmt.Sprintf("%+v\n", []any{
 		stateConfig(cfg), worldConfig(cfg), hboneConfig(cfg), queueLimit(cfg), dataPathConfig(cfg), metricsConfig(cfg), hostConfig(cfg),
-		logConfig(cfg), localCAConfig(cfg, trust), managerConfig(cfg, trust), tlsOptions(cfg, trust), cfg.serverConfig(),
+		logConfig(cfg), localCAConfig(cfg, trust), managerConfig(cfg, trust), tlsOptions(cfg, trust), crlConfig(cfg), cfg.serverConfig(),
 		cfg.Proxy.TerminationDeadline, cfg.Proxy.WorkerThreads, cfg.Metrics.BuildTag,
 	})
 }
@@ -38,7 +38,7 @@ func TestEverySettingIsUsed(t *testing.T) {
 		"HBONE_MAX_CONCURRENT_STREAMS": "7", "HTTP2_STREAM_WINDOW_SIZE": "70000", "HTTP2_CONNECTION_WINDOW_SIZE": "70000", "HTTP2_FRAME_SIZE": "20000",
 		"TCP_CONNECT_TIMEOUT": "1s", "HBONE_HANDSHAKE_TIMEOUT": "1s", "HBONE_RESPONSE_TIMEOUT": "1s", "HBONE_IDLE_TIMEOUT": "1s",
 		"HBONE_PING_INTERVAL": "1s", "HBONE_PING_TIMEOUT": "1s", "WORKLOAD_WAIT_TIMEOUT": "1s", "CA_REQUEST_TIMEOUT": "1s", "HTTP_HEADER_TIMEOUT": "1s",
-		"CA_LOCAL_DIR": "/ca", "SECRET_TTL": "1h", "CA_LINGER": "1s", "SVID_VALIDATION": "strict", "DEFAULT_TRUST_DOMAIN": "x", "TRUST_DOMAIN_ALIASES": "x",
+		"CA_LOCAL_DIR": "/ca", "SECRET_TTL": "1h", "CA_LINGER": "1s", "CRL_PATH": "/crl", "SVID_VALIDATION": "strict", "DEFAULT_TRUST_DOMAIN": "x", "TRUST_DOMAIN_ALIASES": "x",
 		"LOCAL_XDS_PATH": "/world.yaml", "LOCAL_XDS": "workloads: []",
 		"AUTHZ_POLICY_INFO_LOGGING": "true", "AUTHZ_MISSING_POLICY": "deny", "AUTHZ_FOREIGN_TRUST_DOMAIN": "match",
 		"TLS12_ENABLED": "true", "COMPLIANCE_POLICY": "pqc",

@@ -34,6 +34,7 @@ type node struct {
 	store    *state.Store
 	world    *local.Source
 	certs    *ca.Manager
+	crls     *ca.CRLs // nil without a file
 	proxy    *proxy.Proxy
 
 	ready                         *admin.Ready
@@ -78,6 +79,8 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	data.Metrics = proxy.NewMetrics(registry, metricsConfig(cfg))
 	data.TLS = tlsOptions(cfg, trust)
 	data.TLS.Tolerated = countTolerated(registry)
+	n.loadCRLs(registry)
+	data.CRLs = n.crls
 	n.watchTunnels(&data.HBONE, registry)
 	if n.proxy, err = proxy.New(data); err != nil {
 		return nil, err
@@ -92,6 +95,32 @@ func countTolerated(registry *prometheus.Registry) func(rule string) {
 	}, []string{"rule"})
 	registry.MustRegister(tolerated)
 	return func(rule string) { tolerated.WithLabelValues(rule).Inc() }
+}
+
+// loadCRLs reads the revocation lists before the first handshake. A file that is
+// missing or bad is no error of the start: it is followed, and nothing is revoked
+// until it can be read.
+func (n *node) loadCRLs(registry *prometheus.Registry) {
+	if n.cfg.CA.CRLPath == "" {
+		return
+	}
+	loads := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "istio_crl_loads", Help: "The number of attempts to load the certificate revocation lists, by outcome (unstable)",
+	}, []string{"outcome"})
+	registry.MustRegister(loads)
+	lists := crlConfig(n.cfg)
+	lists.Logger = n.slog
+	lists.Loaded = func(err error) {
+		outcome := "ok"
+		if err != nil {
+			outcome = "error"
+		}
+		loads.WithLabelValues(outcome).Inc()
+	}
+	n.crls = ca.NewCRLs(lists)
+	if err := n.crls.Load(); err != nil {
+		n.app.Warn("nothing is revoked until the certificate revocation list can be read", "path", n.cfg.CA.CRLPath, "error", err.Error())
+	}
 }
 
 // registerLog shows the lines that the log's output did not take.
@@ -318,6 +347,9 @@ func (n *node) startParts(support, probes context.Context, failed chan<- error) 
 	part(support, "admin server", func(ctx context.Context) error { return n.admin.Serve(ctx, n.adminLn...) })
 	part(support, "stats server", func(ctx context.Context) error { return n.stats.Serve(ctx, n.statsLn...) })
 	part(support, "certificate manager", n.certs.Run)
+	if n.crls != nil {
+		part(support, "certificate revocation lists", n.crls.Run)
+	}
 	if n.world != nil {
 		part(support, "local state", n.world.Run)
 	}

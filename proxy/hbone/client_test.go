@@ -2,7 +2,6 @@ package hbone
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -26,7 +25,7 @@ func newClientCase(t testing.TB, cfg Config, scripts ...func(p *rawPeer)) *clien
 	cc := &clientCase{peers: make(chan *rawPeer, 100)}
 	cfg.Stats = &cc.stats
 	n := 0
-	cc.pool = NewPool(PoolConfig[string]{Config: cfg, Dial: func(context.Context, string) (net.Conn, *tls.Config, error) {
+	cc.pool = NewPool(PoolConfig[string]{Config: cfg, Dial: func(context.Context, string) (net.Conn, Handshake, error) {
 		c, s := net.Pipe()
 		script := scripts[min(n, len(scripts)-1)]
 		n++
@@ -39,7 +38,7 @@ func newClientCase(t testing.TB, cfg Config, scripts ...func(p *rawPeer)) *clien
 			script(p)
 		}()
 		cc.peers <- p
-		return c, nil, nil
+		return c, Handshake{}, nil
 	}})
 	return cc
 }

@@ -76,7 +76,9 @@ func newConn(cfg *Config, nc net.Conn, client, framed bool) *conn {
 	c.peerFrame.Store(minFrameSize)
 	c.info = &ConnInfo{
 		Local: addrPort(nc.LocalAddr()), Remote: addrPort(nc.RemoteAddr()),
-		Abort: func(cause error) { c.fail(&ConnError{Err: cause}, aborted) },
+		Abort:     func(cause error) { c.fail(&ConnError{Err: cause}, aborted) },
+		Terminate: c.terminate,
+		Drain:     c.drain,
 	}
 	c.rd.init(c)
 	return c
@@ -197,6 +199,27 @@ func (c *conn) drain() {
 	}
 	c.kick()
 	c.closeIfDone()
+}
+
+// terminate resets every stream with CANCEL, which is no clean end for the
+// applications, and closes the tunnel.
+func (c *conn) terminate(cause error) {
+	c.mu.Lock()
+	away := c.away
+	c.away = true
+	c.awayMax = min(c.awayMax, c.lastID)
+	streams := make([]*stream, 0, len(c.streams))
+	for _, st := range c.streams {
+		streams = append(streams, st)
+	}
+	c.mu.Unlock()
+	if !away && c.onAway != nil {
+		c.onAway()
+	}
+	for _, st := range streams {
+		st.reset(ErrCancel, cause)
+	}
+	c.fail(&ConnError{Err: cause}, polite) // also what a peer has opened meanwhile
 }
 
 // closeIfDone closes a draining tunnel whose last stream has ended.

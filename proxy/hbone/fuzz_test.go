@@ -3,7 +3,6 @@ package hbone
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"io"
 	"net"
 	"sync"
@@ -80,7 +79,7 @@ func FuzzClientFrames(f *testing.F) {
 		synctest.Test(t, func(t *testing.T) {
 			var stats Stats
 			var wg sync.WaitGroup
-			pool := NewPool(PoolConfig[string]{Config: Config{Stats: &stats}, Dial: func(context.Context, string) (net.Conn, *tls.Config, error) {
+			pool := NewPool(PoolConfig[string]{Config: Config{Stats: &stats}, Dial: func(context.Context, string) (net.Conn, Handshake, error) {
 				c, s := net.Pipe()
 				wg.Go(func() {
 					defer s.Close()
@@ -90,7 +89,7 @@ func FuzzClientFrames(f *testing.F) {
 					_, _ = s.Write(in)
 					time.Sleep(time.Millisecond)
 				})
-				return c, nil, nil
+				return c, Handshake{}, nil
 			}})
 			if st, err := pool.Open(context.Background(), "a", "a:1"); err == nil {
 				_, _ = st.Write([]byte("x"))

@@ -152,10 +152,10 @@ func newWorld(t testing.TB, wc worldConfig) *world {
 		w.handler = echoHandler
 	}
 	wc.pool.Config = wc.client
-	wc.pool.Dial = func(ctx context.Context, key string) (net.Conn, *tls.Config, error) {
+	wc.pool.Dial = func(ctx context.Context, key string) (net.Conn, Handshake, error) {
 		if wc.onDial != nil {
 			if err := wc.onDial(); err != nil {
-				return nil, nil, err
+				return nil, Handshake{}, err
 			}
 		}
 		var c, s net.Conn
@@ -169,7 +169,7 @@ func newWorld(t testing.TB, wc worldConfig) *world {
 		var source TLSSource
 		var ccfg *tls.Config
 		if !wc.plain {
-			source = func(context.Context) (*tls.Config, error) { return serverTLS, nil }
+			source = func(context.Context) (Handshake, error) { return Handshake{TLS: serverTLS}, nil }
 			ccfg = clientTLS
 		}
 		w.wg.Go(func() {
@@ -177,7 +177,7 @@ func newWorld(t testing.TB, wc worldConfig) *world {
 			w.closed.Add(1)
 			w.closedCh <- err
 		})
-		return c, ccfg, nil
+		return c, Handshake{TLS: ccfg}, nil
 	}
 	w.pool = NewPool(wc.pool)
 	return w

@@ -102,9 +102,34 @@ type ConnInfo struct {
 	// TLS is the state after the handshake, the zero value on a plaintext tunnel.
 	TLS           tls.ConnectionState
 	Local, Remote netip.AddrPort
-	// Abort ends the tunnel at once; its streams end with cause. Safe for
-	// concurrent use, does not block.
+	// Abort ends the tunnel at once; its streams end with cause. Nothing is said
+	// to the peer. Safe for concurrent use, does not block.
 	Abort func(cause error)
+	// Terminate is Abort with a word to the peer: RST_STREAM(CANCEL) for every
+	// stream, then GOAWAY(NO_ERROR).
+	Terminate func(cause error)
+	// Drain lets the tunnel end with its last stream; the peer learns by GOAWAY
+	// that no new ones are taken. Safe for concurrent use, does not block.
+	Drain func()
+}
+
+// Handshake is how one tunnel is secured, and who is told of it.
+type Handshake struct {
+	TLS *tls.Config // nil: plaintext
+	// Established, if not nil, is called when the tunnel is up, before it has
+	// streams. What it returns, if not nil, is called once the tunnel has ended
+	// with all that it carried. Neither may block.
+	Established func(*ConnInfo) (ended func())
+}
+
+func (h Handshake) established(info *ConnInfo) (ended func()) {
+	if h.Established != nil {
+		ended = h.Established(info)
+	}
+	if ended == nil {
+		ended = func() {}
+	}
+	return ended
 }
 
 // Handler serves one request of a Server, in a goroutine of its own. It must
@@ -113,5 +138,5 @@ type ConnInfo struct {
 // Accept was called, and when the server is forced to stop.
 type Handler func(ctx context.Context, r *Request)
 
-// TLSSource returns the configuration of one handshake. It may block, bounded by ctx.
-type TLSSource func(ctx context.Context) (*tls.Config, error)
+// TLSSource returns what one handshake needs. It may block, bounded by ctx.
+type TLSSource func(ctx context.Context) (Handshake, error)

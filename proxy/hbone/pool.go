@@ -2,7 +2,6 @@ package hbone
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"log/slog"
 	"net"
@@ -13,10 +12,10 @@ import (
 // PoolConfig configures a Pool.
 type PoolConfig[K comparable] struct {
 	Config
-	// Dial connects to the peer of a key and says how to do the handshake; a nil
-	// *tls.Config means plaintext. Its errors reach Open unwrapped. It may be
-	// called concurrently, and its ctx ends when nobody waits any more.
-	Dial func(ctx context.Context, key K) (net.Conn, *tls.Config, error)
+	// Dial connects to the peer of a key and says how to do the handshake. Its
+	// errors reach Open unwrapped. It may be called concurrently, and its ctx
+	// ends when nobody waits any more.
+	Dial func(ctx context.Context, key K) (net.Conn, Handshake, error)
 	// MaxStreams is how many streams share a tunnel, if the peer allows as many.
 	// Default 100.
 	MaxStreams int
@@ -60,6 +59,7 @@ type tunnel[K comparable] struct {
 	streams int  // open or reserved
 	out     bool // takes no new streams
 	idle    *time.Timer
+	ended   func() // of Handshake.Established
 }
 
 // dialCall is a dial in progress, shared by up to MaxStreams callers of Open.
@@ -271,6 +271,9 @@ func (p *Pool[K]) dial(ctx context.Context, key K, d *dialCall[K]) {
 			t.c.fail(&ConnError{Err: err}, aborted)
 			t.c.finish()
 		}
+		if t.ended != nil {
+			t.ended()
+		}
 		return
 	}
 	p.stats.Dialed++
@@ -311,21 +314,24 @@ func (p *Pool[K]) attend(t *tunnel[K]) {
 	delete(p.all, t)
 	p.stats.Closed++
 	p.mu.Unlock()
+	t.ended()
 }
 
 func (p *Pool[K]) establish(ctx context.Context, t *tunnel[K]) error {
-	nc, tlsConfig, err := p.cfg.Dial(ctx, t.key)
+	nc, h, err := p.cfg.Dial(ctx, t.key)
 	if err != nil {
 		return err
 	}
-	t.c, err = dialConn(ctx, p.conn, nc, tlsConfig, func(c *conn) { c.onAway = t.away })
-	if err == nil {
-		t.c.expireAfter(p.cfg.MaxAge)
+	t.c, err = dialConn(ctx, p.conn, nc, h.TLS, func(c *conn) { c.onAway = t.away })
+	if err != nil {
+		return err
 	}
-	if err == nil && t.c.limit(1) == 0 {
+	t.c.expireAfter(p.cfg.MaxAge)
+	if t.c.limit(1) == 0 {
 		return &PrefaceError{Err: errors.New("peer allows no streams")}
 	}
-	return err
+	t.ended = h.established(t.c.info)
+	return nil
 }
 
 // tidy removes a key that holds nothing. The caller holds p.mu.

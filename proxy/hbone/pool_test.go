@@ -277,10 +277,10 @@ func TestDialErrorShared(t *testing.T) {
 func TestDialWaitersLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var ended atomic.Bool
-		p := NewPool(PoolConfig[string]{Dial: func(ctx context.Context, _ string) (net.Conn, *tls.Config, error) {
+		p := NewPool(PoolConfig[string]{Dial: func(ctx context.Context, _ string) (net.Conn, Handshake, error) {
 			<-ctx.Done()
 			ended.Store(true)
-			return nil, nil, context.Cause(ctx)
+			return nil, Handshake{}, context.Cause(ctx)
 		}})
 		cause := errors.New("left")
 		var cancels []context.CancelCauseFunc
@@ -437,15 +437,15 @@ func TestExpiredLeaf(t *testing.T) {
 		fresh, freshServer := tlsPairUntil(t, time.Now().Add(24*time.Hour))
 		srv := NewServer(Config{})
 		var wg sync.WaitGroup
-		p := NewPool(PoolConfig[string]{Dial: func(context.Context, string) (net.Conn, *tls.Config, error) {
+		p := NewPool(PoolConfig[string]{Dial: func(context.Context, string) (net.Conn, Handshake, error) {
 			c, s := net.Pipe()
 			scfg := server
 			wg.Go(func() {
-				if err := srv.ServeConn(context.Background(), s, func(context.Context) (*tls.Config, error) { return scfg, nil }, echoHandler); err != nil {
+				if err := srv.ServeConn(context.Background(), s, func(context.Context) (Handshake, error) { return Handshake{TLS: scfg}, nil }, echoHandler); err != nil {
 					t.Errorf("ServeConn = %v", err)
 				}
 			})
-			return c, client, nil
+			return c, Handshake{TLS: client}, nil
 		}})
 		st, err := p.Open(context.Background(), "a", "a:1")
 		if err != nil {
@@ -474,23 +474,23 @@ func TestExpiredLeaf(t *testing.T) {
 
 // Each phase of a failed Open is recognisable.
 func TestOpenPhases(t *testing.T) {
-	serve := func(fn func(net.Conn)) func(context.Context, string) (net.Conn, *tls.Config, error) {
-		return func(context.Context, string) (net.Conn, *tls.Config, error) {
+	serve := func(fn func(net.Conn)) func(context.Context, string) (net.Conn, Handshake, error) {
+		return func(context.Context, string) (net.Conn, Handshake, error) {
 			c, s := net.Pipe()
 			go fn(s)
-			return c, nil, nil
+			return c, Handshake{}, nil
 		}
 	}
 	clientTLS, serverTLS := tlsPair(t)
 	_, stranger := tlsPair(t)
-	withTLS := func(cfg *tls.Config) func(context.Context, string) (net.Conn, *tls.Config, error) {
-		return func(context.Context, string) (net.Conn, *tls.Config, error) {
+	withTLS := func(cfg *tls.Config) func(context.Context, string) (net.Conn, Handshake, error) {
+		return func(context.Context, string) (net.Conn, Handshake, error) {
 			c, s := net.Pipe()
 			go func() {
 				_ = NewServer(Config{}).ServeConn(context.Background(), s,
-					func(context.Context) (*tls.Config, error) { return cfg, nil }, echoHandler)
+					func(context.Context) (Handshake, error) { return Handshake{TLS: cfg}, nil }, echoHandler)
 			}()
-			return c, clientTLS, nil
+			return c, Handshake{TLS: clientTLS}, nil
 		}
 	}
 	noALPN := serverTLS.Clone()
@@ -499,7 +499,7 @@ func TestOpenPhases(t *testing.T) {
 	distrust.ClientCAs = stranger.ClientCAs
 	for _, tt := range []struct {
 		name string
-		dial func(context.Context, string) (net.Conn, *tls.Config, error)
+		dial func(context.Context, string) (net.Conn, Handshake, error)
 		want func(error) bool
 	}{
 		{"server certificate not trusted", withTLS(stranger), isType[*HandshakeError]},
@@ -557,14 +557,14 @@ func TestMaxAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv := NewServer(Config{})
 		var wg sync.WaitGroup
-		p := NewPool(PoolConfig[string]{MaxAge: time.Hour, Dial: func(context.Context, string) (net.Conn, *tls.Config, error) {
+		p := NewPool(PoolConfig[string]{MaxAge: time.Hour, Dial: func(context.Context, string) (net.Conn, Handshake, error) {
 			c, s := net.Pipe()
 			wg.Go(func() {
 				if err := srv.ServeConn(context.Background(), s, nil, echoHandler); err != nil {
 					t.Errorf("ServeConn = %v", err)
 				}
 			})
-			return c, nil, nil
+			return c, Handshake{}, nil
 		}})
 		first, err := p.Open(t.Context(), "a", "a:1")
 		if err != nil {

@@ -111,14 +111,14 @@ func TestOpenDoesNotJoinACancelledDial(t *testing.T) {
 	release, dialing := make(chan struct{}), make(chan struct{}, 2)
 	second := errors.New("second dial")
 	var dials atomic.Int64
-	p := NewPool(PoolConfig[string]{Dial: func(ctx context.Context, k string) (net.Conn, *tls.Config, error) {
+	p := NewPool(PoolConfig[string]{Dial: func(ctx context.Context, k string) (net.Conn, Handshake, error) {
 		dialing <- struct{}{}
 		if dials.Add(1) == 1 {
 			<-ctx.Done()
 			<-release
-			return nil, nil, context.Cause(ctx)
+			return nil, Handshake{}, context.Cause(ctx)
 		}
-		return nil, nil, second
+		return nil, Handshake{}, second
 	}})
 	defer p.Close()
 	defer close(release)
@@ -227,7 +227,7 @@ func TestSmallCreditIsNoFlood(t *testing.T) {
 			clientTLS, serverTLS := tlsPair(t)
 			var wg sync.WaitGroup
 			got := make(chan int64, 1)
-			pool := NewPool(PoolConfig[string]{Dial: func(context.Context, string) (net.Conn, *tls.Config, error) {
+			pool := NewPool(PoolConfig[string]{Dial: func(context.Context, string) (net.Conn, Handshake, error) {
 				a, b := tcpPair(t)
 				wg.Go(func() {
 					tc := tls.Server(b, serverTLS)
@@ -242,7 +242,7 @@ func TestSmallCreditIsNoFlood(t *testing.T) {
 						got <- n
 					})})
 				})
-				return a, clientTLS, nil
+				return a, Handshake{TLS: clientTLS}, nil
 			}})
 			st, err := pool.Open(t.Context(), "a", "1.2.3.4:80")
 			if err != nil {

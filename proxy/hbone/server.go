@@ -172,13 +172,14 @@ func (s *Server) Drain() {
 // until the tunnel ends, one way or another. A nil source means plaintext. It
 // returns when every goroutine it started has ended, the handlers included; nil
 // after an orderly end. The end of ctx ends every stream with its cause.
-func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h Handler) error {
+func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, handler Handler) error {
 	c := newConn(s.cfg, nc, false, source != nil)
 	late := false
 	begin := time.Now()
 	defer func() { _ = nc.Close() }()
+	var h Handshake
 	if source != nil {
-		if err := c.onOwnStack(func() error { return s.handshake(ctx, c, source) }); err != nil {
+		if err := c.onOwnStack(func() (err error) { h, err = s.handshake(ctx, c, source); return err }); err != nil {
 			c.hangUp()
 			return err
 		}
@@ -187,8 +188,9 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h
 	c.ctx, cancel = context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var handlers sync.WaitGroup
-	c.accept = func(req *Request) { s.accept(c, req, h, &handlers) }
+	c.accept = func(req *Request) { s.accept(c, req, handler, &handlers) }
 	c.start() // SETTINGS come first, also before the GOAWAY of a Drain
+	defer h.established(c.info)()
 	s.mu.Lock()
 	s.conns[c] = struct{}{}
 	late = s.draining
@@ -254,24 +256,24 @@ func (c *conn) onOwnStack(f func() error) (err error) {
 	return err
 }
 
-func (s *Server) handshake(ctx context.Context, c *conn, source TLSSource) error {
+func (s *Server) handshake(ctx context.Context, c *conn, source TLSSource) (Handshake, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
 	defer cancel()
-	cfg, err := source(ctx)
+	h, err := source(ctx)
 	if err != nil {
-		return &HandshakeError{Err: err}
+		return h, &HandshakeError{Err: err}
 	}
 	var own *x509.Certificate
-	c.tc = tls.Server(c.bc, captureLeaf(cfg, &own))
+	c.tc = tls.Server(c.bc, captureLeaf(h.TLS, &own))
 	if err := c.tc.HandshakeContext(ctx); err != nil {
-		return &HandshakeError{Err: err}
+		return h, &HandshakeError{Err: err}
 	}
 	c.setTLS(own)
 	// A client may leave ALPN out; it shows by its preface what it speaks.
 	if p := c.info.TLS.NegotiatedProtocol; p != "h2" && p != "" {
-		return &PrefaceError{Err: fmt.Errorf("client offered ALPN %q, not h2", p)}
+		return h, &PrefaceError{Err: fmt.Errorf("client offered ALPN %q, not h2", p)}
 	}
-	return nil
+	return h, nil
 }
 
 // hangUp ends a connection whose handshake failed, so that the alert arrives: a

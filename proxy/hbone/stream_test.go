@@ -331,7 +331,7 @@ func TestInteropServer(t *testing.T) {
 	a, b := tcpPair(t)
 	done := make(chan error, 1)
 	go func() {
-		done <- srv.ServeConn(context.Background(), b, func(context.Context) (*tls.Config, error) { return serverTLS, nil }, echoHandler)
+		done <- srv.ServeConn(context.Background(), b, func(context.Context) (Handshake, error) { return Handshake{TLS: serverTLS}, nil }, echoHandler)
 	}()
 	tr := &http2.Transport{}
 	cc, err := tr.NewClientConn(tls.Client(a, clientTLS))
@@ -369,7 +369,7 @@ func TestInteropClient(t *testing.T) {
 	clientTLS, serverTLS := tlsPair(t)
 	reference := &http2.Server{}
 	var wg sync.WaitGroup
-	pool := NewPool(PoolConfig[string]{Dial: func(context.Context, string) (net.Conn, *tls.Config, error) {
+	pool := NewPool(PoolConfig[string]{Dial: func(context.Context, string) (net.Conn, Handshake, error) {
 		a, b := tcpPair(t)
 		wg.Go(func() {
 			tc := tls.Server(b, serverTLS)
@@ -386,7 +386,7 @@ func TestInteropClient(t *testing.T) {
 				_, _ = io.Copy(w, r.Body)
 			})})
 		})
-		return a, clientTLS, nil
+		return a, Handshake{TLS: clientTLS}, nil
 	}})
 	st, err := pool.Open(context.Background(), "a", "1.2.3.4:80")
 	if err != nil {

@@ -1,0 +1,223 @@
+package ca
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"slices"
+)
+
+const (
+	pemBegin = "-----BEGIN"
+	pemCRL   = "X509 CRL"
+)
+
+// parseCRLs reads a file: PEM, of which the blocks of other types are skipped,
+// or one CRL in DER. No block, and an empty file, are no lists. One bad list
+// spoils them all: half of what should be revoked is nothing to go on with.
+func parseCRLs(content []byte) (*crlSet, error) {
+	set := &crlSet{issuers: make(map[string]*crlIssuer)}
+	text := bytes.TrimSpace(content)
+	if len(text) == 0 {
+		return set, nil
+	}
+	if !bytes.HasPrefix(text, []byte(pemBegin)) {
+		if err := set.add(content); err != nil {
+			return nil, fmt.Errorf("%w (it does not begin as PEM, so it should be DER)", err)
+		}
+		return set, nil
+	}
+	for rest := text; ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		if block.Type != pemCRL {
+			continue
+		}
+		if err := set.add(block.Bytes); err != nil {
+			return nil, fmt.Errorf("block %d: %w", set.lists+1, err)
+		}
+	}
+	// The decoder skips what it cannot read, such as a file that was cut short.
+	if n := bytes.Count(text, []byte(pemBegin+" "+pemCRL+"-----")); n != set.lists {
+		return nil, fmt.Errorf("%d blocks begin and %d can be read: the PEM is damaged or cut short", n, set.lists)
+	}
+	return set, nil
+}
+
+// add parses one list and files it under its issuer, the newest first.
+func (s *crlSet) add(der []byte) error {
+	l, err := parseCRL(der)
+	if err != nil {
+		return err
+	}
+	name := string(l.list.RawIssuer)
+	issuer := s.issuers[name]
+	if issuer == nil {
+		issuer = new(crlIssuer)
+		s.issuers[name] = issuer
+	}
+	at, _ := slices.BinarySearchFunc(issuer.lists, l, compareCRLs)
+	issuer.lists = slices.Insert(issuer.lists, at, l)
+	s.lists++
+	s.entries += len(l.serials)
+	return nil
+}
+
+// compareCRLs puts the newest first; of equals the one that was inserted last.
+func compareCRLs(have, l *crlList) int {
+	number := func(l *crlList) *big.Int { return cmp.Or(l.list.Number, new(big.Int)) }
+	return cmp.Or(number(l).Cmp(number(have)), l.list.ThisUpdate.Compare(have.list.ThisUpdate))
+}
+
+// The extensions of lists and of their entries, RFC 5280 §5.2 and §5.3.
+var (
+	oidCRLNumber         = asn1.ObjectIdentifier{2, 5, 29, 20}
+	oidReasonCode        = asn1.ObjectIdentifier{2, 5, 29, 21}
+	oidInvalidityDate    = asn1.ObjectIdentifier{2, 5, 29, 24}
+	oidDeltaCRL          = asn1.ObjectIdentifier{2, 5, 29, 27}
+	oidDistributionPoint = asn1.ObjectIdentifier{2, 5, 29, 28}
+	oidCertificateIssuer = asn1.ObjectIdentifier{2, 5, 29, 29}
+	oidAuthorityKeyID    = asn1.ObjectIdentifier{2, 5, 29, 35}
+)
+
+// maxCRLNumber is in bytes, RFC 5280 §5.2.3.
+const maxCRLNumber = 20
+
+// parseCRL reads one list in DER, and refuses the forms that say more than we
+// understand (the identity spec §3.8).
+func parseCRL(der []byte) (*crlList, error) {
+	list, err := x509.ParseRevocationList(der)
+	if err != nil {
+		return nil, err
+	}
+	if len(list.Raw) != len(der) {
+		return nil, fmt.Errorf("%d bytes after the list", len(der)-len(list.Raw))
+	}
+	l := &crlList{list: list, serials: make(map[string]struct{}, len(list.RevokedCertificateEntries))}
+	switch n := list.Number; {
+	case list.SignatureAlgorithm == x509.UnknownSignatureAlgorithm:
+		return nil, errors.New("the signature algorithm is not supported")
+	case list.NextUpdate.IsZero():
+		return nil, errors.New("there is no nextUpdate")
+	case n != nil && (n.Sign() < 0 || n.BitLen() > 8*maxCRLNumber):
+		return nil, fmt.Errorf("the CRL number is negative or has more than %d bytes", maxCRLNumber)
+	}
+	if err := l.readExtensions(); err != nil {
+		return nil, err
+	}
+	for _, e := range list.RevokedCertificateEntries {
+		if err := checkEntry(e); err != nil {
+			return nil, err
+		}
+		l.serials[serialKey(e.SerialNumber)] = struct{}{}
+	}
+	// What was indexed is many times as large as the index.
+	list.RevokedCertificateEntries, list.RevokedCertificates = nil, nil //nolint:staticcheck // the deprecated copy is as large
+	return l, nil
+}
+
+func (l *crlList) readExtensions() (err error) {
+	seen := make(map[string]bool)
+	for _, e := range l.list.Extensions {
+		id := e.Id.String()
+		if seen[id] {
+			return fmt.Errorf("extension %s appears twice", id)
+		}
+		seen[id] = true
+		switch {
+		case e.Id.Equal(oidDeltaCRL):
+			return errors.New("delta CRLs are not supported")
+		case e.Id.Equal(oidDistributionPoint):
+			if l.scope, err = parseScope(e.Value); err != nil {
+				return err
+			}
+		case e.Id.Equal(oidCRLNumber), e.Id.Equal(oidAuthorityKeyID):
+		case e.Critical:
+			return fmt.Errorf("critical extension %s is not supported", id)
+		}
+	}
+	return nil
+}
+
+func checkEntry(e x509.RevocationListEntry) error {
+	for _, x := range e.Extensions {
+		switch {
+		case x.Id.Equal(oidCertificateIssuer):
+			return errors.New("indirect CRLs are not supported")
+		case x.Id.Equal(oidReasonCode), x.Id.Equal(oidInvalidityDate):
+		case x.Critical:
+			return fmt.Errorf("critical extension %s of an entry is not supported", x.Id)
+		}
+	}
+	return nil
+}
+
+// crlScope says for which certificates of its issuer a list speaks. The zero
+// value is all of them.
+type crlScope struct {
+	der      string // tells scopes apart
+	uris     []string
+	onlyUser bool
+	onlyCA   bool
+}
+
+// issuingDistributionPoint is the extension of RFC 5280 §5.2.5.
+type issuingDistributionPoint struct {
+	DistributionPoint distributionPointName `asn1:"optional,tag:0"`
+	OnlyUserCerts     bool                  `asn1:"optional,tag:1"`
+	OnlyCACerts       bool                  `asn1:"optional,tag:2"`
+	OnlySomeReasons   asn1.BitString        `asn1:"optional,tag:3"`
+	Indirect          bool                  `asn1:"optional,tag:4"`
+	OnlyAttributes    bool                  `asn1:"optional,tag:5"`
+}
+
+type distributionPointName struct {
+	FullName     []asn1.RawValue  `asn1:"optional,tag:0"`
+	RelativeName pkix.RDNSequence `asn1:"optional,tag:1"`
+}
+
+func parseScope(der []byte) (crlScope, error) {
+	const tagURI = 6 // GeneralName.uniformResourceIdentifier, RFC 5280 §4.2.1.6
+	var p issuingDistributionPoint
+	rest, err := asn1.Unmarshal(der, &p)
+	switch {
+	case err != nil:
+		return crlScope{}, fmt.Errorf("issuing distribution point: %w", err)
+	case len(rest) > 0:
+		return crlScope{}, errors.New("issuing distribution point: trailing bytes")
+	case p.Indirect:
+		return crlScope{}, errors.New("indirect CRLs are not supported")
+	case p.OnlyAttributes:
+		return crlScope{}, errors.New("CRLs of attribute certificates are not supported")
+	case p.OnlySomeReasons.BitLength > 0:
+		return crlScope{}, errors.New("CRLs for some reasons only are not supported")
+	case p.OnlyUserCerts && p.OnlyCACerts:
+		return crlScope{}, errors.New("issuing distribution point: only user and only CA certificates")
+	case len(p.DistributionPoint.RelativeName) > 0:
+		return crlScope{}, errors.New("issuing distribution point: a relative name is not supported")
+	}
+	scope := crlScope{der: string(der), onlyUser: p.OnlyUserCerts, onlyCA: p.OnlyCACerts}
+	for _, n := range p.DistributionPoint.FullName {
+		if n.Class == asn1.ClassContextSpecific && n.Tag == tagURI {
+			scope.uris = append(scope.uris, string(n.Bytes))
+		}
+	}
+	return scope, nil
+}
+
+// covers tells whether the list speaks for cert.
+func (s crlScope) covers(cert *x509.Certificate, isCA bool) bool {
+	if s.onlyUser && isCA || s.onlyCA && !isCA {
+		return false
+	}
+	return len(s.uris) == 0 || len(cert.CRLDistributionPoints) == 0 ||
+		slices.ContainsFunc(s.uris, func(u string) bool { return slices.Contains(cert.CRLDistributionPoints, u) })
+}
