@@ -101,7 +101,7 @@ func parseCRL(der []byte) (*crlList, error) {
 	if len(list.Raw) != len(der) {
 		return nil, fmt.Errorf("%d bytes after the list", len(der)-len(list.Raw))
 	}
-	l := &crlList{list: list, serials: make(map[string]struct{}, len(list.RevokedCertificateEntries))}
+	l := &crlList{serials: make(map[string]struct{}, len(list.RevokedCertificateEntries))}
 	switch n := list.Number; {
 	case list.SignatureAlgorithm == x509.UnknownSignatureAlgorithm:
 		return nil, errors.New("the signature algorithm is not supported")
@@ -110,7 +110,7 @@ func parseCRL(der []byte) (*crlList, error) {
 	case n != nil && (n.Sign() < 0 || n.BitLen() > 8*maxCRLNumber):
 		return nil, fmt.Errorf("the CRL number is negative or has more than %d bytes", maxCRLNumber)
 	}
-	if err := l.readExtensions(); err != nil {
+	if l.scope, err = readExtensions(list); err != nil {
 		return nil, err
 	}
 	for _, e := range list.RevokedCertificateEntries {
@@ -119,32 +119,36 @@ func parseCRL(der []byte) (*crlList, error) {
 		}
 		l.serials[serialKey(e.SerialNumber)] = struct{}{}
 	}
-	// What was indexed is many times as large as the index.
-	list.RevokedCertificateEntries, list.RevokedCertificates = nil, nil //nolint:staticcheck // the deprecated copy is as large
+	// The entries that were indexed are many times as large as the index.
+	l.list = &x509.RevocationList{
+		RawTBSRevocationList: list.RawTBSRevocationList, Signature: list.Signature, SignatureAlgorithm: list.SignatureAlgorithm,
+		RawIssuer: list.RawIssuer, AuthorityKeyId: list.AuthorityKeyId, Number: list.Number,
+		ThisUpdate: list.ThisUpdate, NextUpdate: list.NextUpdate,
+	}
 	return l, nil
 }
 
-func (l *crlList) readExtensions() (err error) {
+func readExtensions(list *x509.RevocationList) (scope crlScope, err error) {
 	seen := make(map[string]bool)
-	for _, e := range l.list.Extensions {
+	for _, e := range list.Extensions {
 		id := e.Id.String()
 		if seen[id] {
-			return fmt.Errorf("extension %s appears twice", id)
+			return scope, fmt.Errorf("extension %s appears twice", id)
 		}
 		seen[id] = true
 		switch {
 		case e.Id.Equal(oidDeltaCRL):
-			return errors.New("delta CRLs are not supported")
+			return scope, errors.New("delta CRLs are not supported")
 		case e.Id.Equal(oidDistributionPoint):
-			if l.scope, err = parseScope(e.Value); err != nil {
-				return err
+			if scope, err = parseScope(e.Value); err != nil {
+				return scope, err
 			}
 		case e.Id.Equal(oidCRLNumber), e.Id.Equal(oidAuthorityKeyID):
 		case e.Critical:
-			return fmt.Errorf("critical extension %s is not supported", id)
+			return scope, fmt.Errorf("critical extension %s is not supported", id)
 		}
 	}
-	return nil
+	return scope, nil
 }
 
 func checkEntry(e x509.RevocationListEntry) error {

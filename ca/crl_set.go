@@ -54,7 +54,7 @@ const maxCRLKeys = 64
 
 // crlList is one list.
 type crlList struct {
-	list    *x509.RevocationList // without its entries
+	list    *x509.RevocationList // only what is needed of it, without entries
 	scope   crlScope
 	serials map[string]struct{}
 }
