@@ -25,9 +25,12 @@ IMAGE    ?= ztunnel-go:$(VERSION)
 # BoringCrypto needs cgo, and so a C library beside the binary.
 IMAGE_BASE ?= gcr.io/distroless/$(if $(filter boring,$(CRYPTO)),base,static)-debian12
 FUZZTIME ?= 60s
+# The real SPIRE of the end-to-end suite: a module of its own, a build of minutes.
+SPIRE_VERSION = $(shell sed -n 's|.*github.com/spiffe/spire v\([^ ]*\).*|\1|p' e2e/spire/tools/go.mod)
+SPIRE_BIN     = $(CURDIR)/bin/spire-$(SPIRE_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: build test test-crypto race lint generate check-generate fuzz e2e e2e-interop bench demo image help
+.PHONY: build test test-crypto race lint generate check-generate fuzz e2e e2e-interop spire e2e-spire bench demo image help
 
 build: ## bin/ztunnel; CRYPTO=go|fips140|boring picks the cryptographic module
 	$(CRYPTO_ENV) $(GO) build -trimpath -buildvcs=false -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/ztunnel
@@ -68,6 +71,14 @@ e2e: build ## two nodes in network namespaces (root)
 e2e-interop: build ## the same against another ztunnel: ZTUNNEL_PEER_BIN=/path (root)
 	@if [ -z "$(ZTUNNEL_PEER_BIN)" ]; then echo "e2e-interop skipped: ZTUNNEL_PEER_BIN is not set"; else \
 	  ZTUNNEL_BIN=$(BIN) ZTUNNEL_PEER_BIN="$(ZTUNNEL_PEER_BIN)" $(GO) test -tags e2e -count=1 -timeout 20m -run Interop ./e2e/...; fi
+
+spire: $(SPIRE_BIN)/spire-agent $(SPIRE_BIN)/spire-server ## SPIRE server and agent of the end-to-end suite, built once
+
+$(SPIRE_BIN)/spire-%:
+	CGO_ENABLED=1 $(GO) -C e2e/spire/tools build -buildvcs=false -o $@ github.com/spiffe/spire/cmd/spire-$*
+
+e2e-spire: build spire ## two nodes on a real SPIRE: delegated, broker, Workload API (root)
+	ZTUNNEL_BIN=$(BIN) SPIRE_BIN=$(SPIRE_BIN) $(GO) test -tags e2e -count=1 -timeout 20m ./e2e/spire/...
 
 bench: build ## throughput and latency of bin/ztunnel
 	$(GO) run ./e2e/bench -ztunnel bin/ztunnel $(BENCH_ARGS)

@@ -33,11 +33,11 @@ func (p *Pod) StartIstiod() []string {
 	return []string{"CA_ADDRESS=https://127.0.0.1:15012", "CA_ROOT_CA=" + root, "AUTH_TOKEN=" + token}
 }
 
-// buildDir is where Main lets programs be built.
-var buildDir string
+// runDir is where Main lets programs be built.
+var runDir string
 
 var builtIstiod = sync.OnceValues(func() (string, error) {
-	path := filepath.Join(buildDir, "fakeistiod")
+	path := filepath.Join(runDir, "fakeistiod")
 	ctx, cancel := context.WithTimeout(context.Background(), testTime)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "go", "build", "-o", path, "../../ca/catest/fakeistiod").CombinedOutput()

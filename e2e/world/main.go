@@ -12,18 +12,18 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
 
 // Main is the TestMain of a suite. It is also the application in the pods: the
-// test binary started with the name of one in appEnv. It does not return;
-// cleanups run when the tests are over, the last one first, on a signal too.
-func Main(m *testing.M, cleanups ...func()) {
+// test binary started with the name of one in appEnv. It does not return.
+func Main(m *testing.M) {
 	if mode := os.Getenv(appEnv); mode != "" {
 		os.Exit(runApp(mode))
 	}
@@ -31,16 +31,13 @@ func Main(m *testing.M, cleanups ...func()) {
 		removeLeftovers()
 	}
 	var err error
-	if buildDir, err = os.MkdirTemp("", fmt.Sprintf("%s%d-build-", prefix, os.Getpid())); err != nil {
+	if runDir, err = os.MkdirTemp("", fmt.Sprintf("%s%d-run-", prefix, os.Getpid())); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 	cleanup := func() {
-		for _, f := range slices.Backward(cleanups) {
-			f()
-		}
 		removeNamespaces(os.Getpid())
-		_ = os.RemoveAll(buildDir)
+		_ = os.RemoveAll(runDir)
 	}
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, syscall.SIGINT, syscall.SIGTERM)
@@ -63,7 +60,7 @@ func removeLeftovers() {
 			removeNamespace(name)
 		}
 	}
-	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*-build-*"))
+	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*-run-*"))
 	for _, dir := range dirs {
 		if ownerGone(filepath.Base(dir)) {
 			_ = os.RemoveAll(dir)
@@ -80,6 +77,30 @@ func ownerGone(name string) bool {
 	}
 	_, err = os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
 	return errors.Is(err, fs.ErrNotExist)
+}
+
+// Dir is a new directory with a short path, which goes at the end of the run: a
+// unix socket in it has at most 107 bytes.
+func Dir() (string, error) { return os.MkdirTemp(runDir, "") }
+
+// SharedNamespace makes a network namespace with an address on lo that lasts
+// until the end of the run, as do the programs in it. They are out of the way of
+// what listens on the machine, and those of a killed run are found by the next.
+func SharedNamespace(name string) (*netns.Pod, string, error) {
+	ns := fmt.Sprintf("%s%d-%s", prefix, os.Getpid(), name)
+	ctx, cancel := context.WithTimeout(context.Background(), testTime)
+	defer cancel()
+	for _, args := range [][]string{{"ip", "netns", "add", ns}, {"ip", "-n", ns, "link", "set", "lo", "up"}} {
+		if _, err := Command(ctx, "", args...); err != nil {
+			return nil, "", err
+		}
+	}
+	f, err := os.Open("/run/netns/" + ns)
+	if err != nil {
+		return nil, "", err
+	}
+	p, err := netns.NewPod(f, netns.PodConfig{OriginalSource: netns.OriginalSourceOff})
+	return p, ns, err
 }
 
 func removeNamespaces(pid int) {
