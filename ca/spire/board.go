@@ -3,6 +3,7 @@ package spire
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -16,6 +17,8 @@ import (
 // workload sees its own trust domain and those that it federates with, and no
 // others (design D2).
 type board struct {
+	again chan struct{} // one slot: the bundles should be asked for anew
+
 	mu         sync.Mutex // guards what follows
 	anchors    map[spiffeid.TrustDomain][]ca.Anchor
 	all        *ca.Bundles // the same, to compare with
@@ -32,7 +35,7 @@ type excerpt struct {
 }
 
 func newBoard() *board {
-	return &board{changed: make(chan struct{}), cut: make(map[string]*excerpt)}
+	return &board{again: make(chan struct{}, 1), changed: make(chan struct{}), cut: make(map[string]*excerpt)}
 }
 
 // errNoBundles is the state before the first message.
@@ -47,6 +50,7 @@ func (b *board) set(anchors map[spiffeid.TrustDomain][]ca.Anchor) {
 	if b.all != nil && b.all.Equal(all) {
 		return
 	}
+	maps.DeleteFunc(b.cut, func(_ string, e *excerpt) bool { return e.generation != b.generation }) // nobody looked at it since
 	b.anchors, b.all = anchors, all
 	b.generation++
 	b.signal()
@@ -59,6 +63,15 @@ func (b *board) fail(err error) {
 	if b.all == nil && text(b.err) != text(err) {
 		b.err = err
 		b.signal()
+	}
+}
+
+// ask wants the bundles to be asked for anew: the agent does not take back one
+// that is gone within a stream.
+func (b *board) ask() {
+	select {
+	case b.again <- struct{}{}:
+	default: // asked already
 	}
 }
 
@@ -75,8 +88,8 @@ func (b *board) changes() <-chan struct{} {
 	return b.changed
 }
 
-// bundles are those of own, which must be there, and of federates, as far as
-// they are.
+// bundles are those of own and of federates, as far as they are there. The only
+// error is that none have come yet.
 func (b *board) bundles(own spiffeid.TrustDomain, federates []spiffeid.TrustDomain) (*ca.Bundles, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -85,9 +98,6 @@ func (b *board) bundles(own spiffeid.TrustDomain, federates []spiffeid.TrustDoma
 			return nil, fmt.Errorf("%w: %w", errNoBundles, b.err)
 		}
 		return nil, errNoBundles
-	}
-	if !b.all.Has(own) {
-		return nil, fmt.Errorf("the agent has no bundle of trust domain %q: it is of another one, or does not federate with it", own.Name())
 	}
 	domains := slices.Clone(federates)
 	domains = append(domains, own)

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -117,7 +119,14 @@ func (c *Common) complete(name string, schemes ...string) error {
 
 func dialer(network, address string) func(context.Context) (net.Conn, error) {
 	return func(ctx context.Context) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, network, address)
+		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
+		if err == nil || network != "unix" {
+			return conn, err
+		}
+		if info, statErr := os.Stat(address); statErr == nil && info.Mode()&fs.ModeSocket == 0 {
+			return nil, fmt.Errorf("%w: %w", err, errNotSocket) // the kernel only says that it is refused
+		}
+		return nil, err
 	}
 }
 

@@ -2,8 +2,8 @@ package spire
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,7 +25,6 @@ type delegated struct {
 	selectors selectorTemplates
 	link      *link
 	board     *board
-	again     chan struct{} // one slot: the bundles should be asked for anew
 }
 
 var _ ca.Provider = (*delegated)(nil)
@@ -51,7 +50,6 @@ func NewDelegated(cfg DelegatedConfig) (ca.Provider, error) {
 		cfg: cfg, selectors: selectors,
 		link:  newLink(cfg.Dial, insecure.NewCredentials()), // the socket's mode and SO_PEERCRED authenticate
 		board: newBoard(),
-		again: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -72,7 +70,7 @@ func (d *delegated) Run(ctx context.Context) error {
 	follower := &stream[map[spiffeid.TrustDomain][]ca.Anchor]{
 		cfg: &d.cfg.Common, link: d.link, open: d.openBundles, explain: d.explain,
 		// The agent never takes back a federated bundle within a stream.
-		life: d.cfg.Resync, again: d.again,
+		life: d.cfg.Resync, again: d.board.again,
 		report: func(anchors map[spiffeid.TrustDomain][]ca.Anchor, _ bool) { d.board.set(anchors) },
 		broken: func(err error, _ time.Time) { d.board.fail(err) },
 	}
@@ -129,7 +127,6 @@ func (d *delegated) openSVIDs(ctx context.Context, conn *grpc.ClientConn, reques
 	if err != nil {
 		return nil, err
 	}
-	var before []string
 	return func() (*answer, error) {
 		message, err := recv.Recv()
 		if err == nil {
@@ -137,10 +134,6 @@ func (d *delegated) openSVIDs(ctx context.Context, conn *grpc.ClientConn, reques
 		}
 		if err != nil {
 			return nil, err
-		}
-		if names := message.GetFederatesWith(); !equalSets(names, before) {
-			before = names
-			d.askAgain()
 		}
 		return delegatedAnswer(message)
 	}, nil
@@ -160,36 +153,13 @@ func delegatedAnswer(message *delegatedv1.SubscribeToX509SVIDsResponse) (*answer
 		}
 		a.federates = append(a.federates, td)
 	}
+	slices.SortFunc(a.federates, byName)
+	a.federates = slices.Compact(a.federates)
 	return a, nil
 }
 
 func idText(id *types.SPIFFEID) string {
 	return "spiffe://" + id.GetTrustDomain() + id.GetPath()
-}
-
-// equalSets compares short lists without regard to order.
-func equalSets(a, b []string) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	seen := make(map[string]struct{}, len(a))
-	for _, s := range a {
-		seen[s] = struct{}{}
-	}
-	for _, s := range b {
-		if _, ok := seen[s]; !ok {
-			return false
-		}
-	}
-	return true
-}
-
-// askAgain has the bundles subscribed to anew: a workload's federation changed.
-func (d *delegated) askAgain() {
-	select {
-	case d.again <- struct{}{}:
-	default: // asked already
-	}
 }
 
 func (d *delegated) openBundles(ctx context.Context, conn *grpc.ClientConn) (func() (map[spiffeid.TrustDomain][]ca.Anchor, error), error) {
@@ -202,6 +172,9 @@ func (d *delegated) openBundles(ctx context.Context, conn *grpc.ClientConn) (fun
 		if err != nil {
 			return nil, err
 		}
+		if len(message.GetCaCertificates()) == 0 {
+			return nil, fmt.Errorf("%w: there is no bundle in the message", ca.ErrRejected) // the agent always has its own
+		}
 		return parseBundles(d.cfg.Name, message.GetCaCertificates())
 	}, nil
 }
@@ -210,12 +183,12 @@ func (d *delegated) openBundles(ctx context.Context, conn *grpc.ClientConn) (fun
 // operator trusts by listing the provider; federated ones are granted to single
 // workloads with their SVIDs.
 func (d *delegated) WatchBundles(ctx context.Context, _ ca.WorkloadRef, update func(*ca.Bundles)) error {
+	var said *ca.Bundles
 	for {
 		changed := d.board.changes()
-		if bundles, err := d.board.bundles(d.cfg.TrustDomain, nil); err == nil {
+		if bundles, err := d.board.bundles(d.cfg.TrustDomain, nil); err == nil && bundles != said {
+			said = bundles
 			update(bundles)
-		} else if !errors.Is(err, errNoBundles) {
-			update(ca.NewBundles(nil))
 		}
 		select {
 		case <-changed:

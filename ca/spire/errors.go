@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -50,8 +51,14 @@ func explain(err error, dialErr error, advices []advice) error {
 		}
 		return fmt.Errorf("%w: %s (%s: %s)", a.kind, a.hint, st.Code(), st.Message())
 	}
+	if st.Code() == codes.Unavailable {
+		return fmt.Errorf("lost the agent: %s", st.Message())
+	}
 	return fmt.Errorf("the agent answered %s: %s", st.Code(), st.Message())
 }
+
+// errNotSocket is a path at which there is something else.
+var errNotSocket = errors.New("it is no socket")
 
 // explainDial says what to do about a socket to which we cannot connect.
 func explainDial(err error) error {
@@ -60,6 +67,10 @@ func explainDial(err error) error {
 		return fmt.Errorf("connect to the agent: %w: the agent does not run, or the directory of the socket is not mounted", err)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("connect to the agent: %w: give the proxy the group of the socket, or the capability DAC_OVERRIDE", err)
+	case errors.Is(err, errNotSocket):
+		return fmt.Errorf("connect to the agent: %w: mount the directory in which the agent makes its socket; a mount of the socket itself makes a directory when it comes first", err)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("connect to the agent: %w: the agent does not run", err)
 	}
 	return fmt.Errorf("connect to the agent: %w", err)
 }
@@ -94,7 +105,11 @@ func (c *complaints) log(ctx context.Context, log *slog.Logger, err error) {
 		c.logged[key] = now
 	}
 	c.mu.Unlock()
-	if !known {
+	switch {
+	case known:
+	case errors.Is(err, ca.ErrRejected):
+		log.WarnContext(ctx, "a message of the SPIRE agent is discarded, what it sent before stays until it expires", "error", err.Error())
+	default:
 		log.WarnContext(ctx, "no stream from the SPIRE agent, certificates stay as they are until they expire", "error", err.Error())
 	}
 }

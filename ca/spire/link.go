@@ -10,11 +10,16 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 )
 
 // maxMessage is the largest message that is taken from the agent, in bytes. A
 // bundle message holds every federated trust domain.
 const maxMessage = 20 << 20
+
+// pingAfter is the silence after which the agent is asked whether it is still
+// there. gRPC servers refuse clients that ask more often than every 5 min.
+const pingAfter = 6 * time.Minute
 
 // link is the connection to an agent, shared by all streams of a provider. It
 // exists while run runs.
@@ -48,6 +53,7 @@ func (l *link) run(ctx context.Context) error {
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingAfter, Timeout: 20 * time.Second}),
 	)
 	if err != nil {
 		return fmt.Errorf("make the connection to the agent: %w", err)

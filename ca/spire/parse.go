@@ -20,52 +20,64 @@ type grant struct {
 	key   []byte // PKCS #8 DER
 }
 
-// candidate is a grant of the identity that we want.
+// candidate is a grant of the identity that we want, with its certificate and its
+// key.
 type candidate struct {
 	chain []*x509.Certificate
-	key   []byte
+	key   crypto.Signer
 }
 
 // choose picks, of the grants of one message, the one for want: by exact
 // identity, then by the latest expiry, then the first. It returns nil when none
-// is of want, with the others' identities for the log.
-func choose(grants []grant, want spiffeid.ID) (best *candidate, others []string, err error) {
+// is of want, with the others' identities for the log. One that is of want and
+// cannot be read makes the message useless (R43).
+func choose(provider string, grants []grant, want spiffeid.ID) (best *candidate, others []string, err error) {
 	text := want.String()
 	for _, g := range grants {
 		if g.id != text {
 			others = append(others, g.id)
 			continue
 		}
-		chain, err := x509.ParseCertificates(g.chain)
+		c, err := parseGrant(provider, g, want)
 		if err != nil {
-			return nil, nil, fmt.Errorf("%w: the certificates of %s cannot be parsed: %w", ca.ErrRejected, want, err)
+			return nil, nil, fmt.Errorf("%w: of %s: %w", ca.ErrRejected, want, err)
 		}
-		if len(chain) == 0 {
-			return nil, nil, fmt.Errorf("%w: chain returned from the agent is empty for: %s", ca.ErrRejected, want)
-		}
-		if best == nil || chain[0].NotAfter.After(best.chain[0].NotAfter) {
-			best = &candidate{chain, g.key}
+		if best == nil || c.chain[0].NotAfter.After(best.chain[0].NotAfter) {
+			best = c
 		}
 	}
 	slices.Sort(others)
 	return best, others, nil
 }
 
-// svid makes the SVID of a candidate.
-func (c *candidate) svid(provider string, bundles *ca.Bundles) (*ca.SVID, error) {
-	parsed, err := x509.ParsePKCS8PrivateKey(c.key)
+// parseGrant reads a grant, whose certificate must be of want and of its key.
+func parseGrant(provider string, g grant, want spiffeid.ID) (*candidate, error) {
+	chain, err := x509.ParseCertificates(g.chain)
 	if err != nil {
-		return nil, fmt.Errorf("%w: the private key is no PKCS #8 key", ca.ErrRejected) // the cause may quote bytes of it
+		return nil, fmt.Errorf("parse the certificates: %w", err)
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(g.key)
+	if err != nil {
+		return nil, errors.New("the private key is no PKCS #8 key") // the cause may quote bytes of it
 	}
 	key, ok := parsed.(crypto.Signer)
 	if !ok {
-		return nil, fmt.Errorf("%w: the private key cannot sign", ca.ErrRejected)
+		return nil, errors.New("the private key cannot sign")
 	}
-	svid, err := ca.NewSVID(provider, c.chain, key, bundles)
+	c := &candidate{chain, key}
+	svid, err := c.svid(provider, nil)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ca.ErrRejected, err)
+		return nil, err
 	}
-	return svid, nil
+	if svid.ID != want {
+		return nil, fmt.Errorf("the certificate is of %s", svid.ID)
+	}
+	return c, nil
+}
+
+// svid makes the SVID of a candidate.
+func (c *candidate) svid(provider string, bundles *ca.Bundles) (*ca.SVID, error) {
+	return ca.NewSVID(provider, c.chain, c.key, bundles)
 }
 
 // parseAnchors reads the bundle of one trust domain: DER certificates one behind

@@ -28,13 +28,26 @@ func newProcess(w ca.WorkloadRef) (*process, error) {
 	if w.PIDFD == nil {
 		return nil, errNoProcess
 	}
-	// /proc/thread-self would be the file table of a thread that may have another.
-	f, err := os.Open(fmt.Sprintf("/proc/self/fdinfo/%d", w.PIDFD.Fd()))
+	p := &process{pidfd: w.PIDFD}
+	err := p.control(func(fd uintptr) (err error) {
+		p.pid, err = pidOf(fd)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("look up the process of the workload: %w", err)
 	}
+	return p, nil
+}
+
+// pidOf reads what the kernel says of a pidfd.
+func pidOf(fd uintptr) (int32, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	if err != nil {
+		return 0, err
+	}
 	defer f.Close()
-	for lines := bufio.NewScanner(f); lines.Scan(); {
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
 		text, ok := strings.CutPrefix(lines.Text(), "Pid:")
 		if !ok {
 			continue
@@ -42,32 +55,61 @@ func newProcess(w ca.WorkloadRef) (*process, error) {
 		pid, err := strconv.ParseInt(strings.TrimSpace(text), 10, 32)
 		switch {
 		case err != nil:
-			return nil, fmt.Errorf("look up the process of the workload: %w", err)
+			return 0, err
 		case pid == 0:
-			return nil, fmt.Errorf("%w: the process of the workload is not in our PID namespace; the proxy needs that of the host", ca.ErrConfig)
+			return 0, fmt.Errorf("%w: it is not in our PID namespace; the proxy needs that of the host (hostPID)", ca.ErrConfig)
 		case pid < 0:
-			return nil, errEnded
+			return 0, errEnded
 		}
-		return &process{w.PIDFD, int32(pid)}, nil
+		return int32(pid), nil
 	}
-	return nil, errors.New("look up the process of the workload: the file descriptor is no pidfd")
+	if err := lines.Err(); err != nil {
+		return 0, err
+	}
+	return 0, fmt.Errorf("%w: the file descriptor is no pidfd", ca.ErrConfig)
 }
 
-var errEnded = fmt.Errorf("%w: its process has ended", errGone)
+// ended is errEnded's type: it is an errGone in its own words, since it is not
+// the agent who says so.
+type ended struct{}
+
+func (ended) Error() string { return "it has ended" }
+func (ended) Unwrap() error { return errGone }
+
+var errEnded error = ended{}
 
 // alive is errEnded once the process has ended; a pidfd becomes readable then.
 func (p *process) alive() error {
-	fds := []unix.PollFd{{Fd: int32(p.pidfd.Fd()), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(fds, 0)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err != nil:
-			return fmt.Errorf("watch the process of the workload: %w", err)
-		case n > 0:
-			return errEnded
+	err := p.control(func(fd uintptr) error {
+		for {
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+			switch {
+			case errors.Is(err, unix.EINTR):
+				continue
+			case err != nil:
+				return err
+			case n > 0:
+				return errEnded
+			}
+			return nil
 		}
-		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("watch the process of the workload: %w", err)
 	}
+	return nil
+}
+
+// control calls f with the file descriptor, which stays open meanwhile. It is an
+// error that it is closed: its number may be another file's by now.
+func (p *process) control(f func(fd uintptr) error) error {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var result error
+	if err := raw.Control(func(fd uintptr) { result = f(fd) }); err != nil {
+		return err
+	}
+	return result
 }

@@ -11,10 +11,9 @@ import (
 	"github.com/ztunnel-go/ztunnel/ca"
 )
 
-// selectorFacts are what a template of SPIRE_SELECTORS can name.
-type selectorFacts struct {
-	Namespace, ServiceAccount, PodName, PodUID, TrustDomain, Node string
-}
+// selectorFacts are what a template of SPIRE_SELECTORS can name. A fact that is
+// not known is not in it.
+type selectorFacts map[string]string
 
 // selectorTemplates are parsed templates of selectors.
 type selectorTemplates []*template.Template
@@ -28,7 +27,10 @@ func ParseSelectors(texts []string) error {
 
 func parseSelectors(texts []string) (selectorTemplates, error) {
 	var parsed selectorTemplates
-	sample := selectorFacts{"namespace", "account", "pod", "uid", "td", "node"}
+	sample := selectorFacts{
+		"Namespace": "namespace", "ServiceAccount": "account", "PodName": "pod", "PodUID": "uid",
+		"TrustDomain": "td", "Node": "node",
+	}
 	for _, text := range texts {
 		t, err := template.New("selector").Option("missingkey=error").Parse(text)
 		if err != nil {
@@ -63,19 +65,23 @@ func (t selectorTemplates) selectorsOf(w ca.WorkloadRef, node string) ([]*types.
 	if !ok {
 		return nil, fmt.Errorf("%w: %s does not name a namespace and a service account, which the selectors are made of", ca.ErrConfig, w.ID)
 	}
-	facts := selectorFacts{Namespace: namespace, ServiceAccount: account, TrustDomain: w.ID.TrustDomain().Name(), Node: node}
+	facts := selectorFacts{"Namespace": namespace, "ServiceAccount": account, "TrustDomain": w.ID.TrustDomain().Name()}
+	if node != "" {
+		facts["Node"] = node
+	}
 	selectors := []*types.Selector{{Type: "k8s", Value: "ns:" + namespace}, {Type: "k8s", Value: "sa:" + account}}
 	if w.UID != "" {
-		facts.PodUID, facts.PodName = w.UID, w.Pod
+		facts["PodUID"] = w.UID
 		selectors = append(selectors, &types.Selector{Type: "k8s", Value: "pod-uid:" + w.UID})
 		if w.Pod != "" {
+			facts["PodName"] = w.Pod
 			selectors = append(selectors, &types.Selector{Type: "k8s", Value: "pod-name:" + w.Pod})
 		}
 	}
 	for _, tmpl := range t {
 		s, err := render(tmpl, facts)
 		if err != nil {
-			continue // it names a fact that this workload does not have
+			continue // it names a fact that is not known of this workload
 		}
 		selectors = append(selectors, s)
 	}

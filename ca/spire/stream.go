@@ -22,23 +22,30 @@ const settled = time.Second
 // the policy: it takes an operator to mend one.
 const deniedDelay = 5 * time.Second
 
+// againDelay is how long a stream that somebody wants anew goes on, jittered:
+// what one workload asks for, others ask for at the same time.
+const againDelay = time.Second
+
 // stream follows one server stream of the agent for ever: each message is the
 // full state (R42), and one that breaks is opened anew (R41).
 type stream[T any] struct {
 	cfg  *Common
 	link *link
-	// open begins the stream. recv returns its messages, and ends with its ctx.
+	// open begins the stream. recv returns its messages, and ends with its ctx. A
+	// ca.ErrRejected of recv is about one message, which does not count (R43); any
+	// other error is the end of the stream.
 	open func(ctx context.Context, conn *grpc.ClientConn) (recv func() (T, error), err error)
 	// explain gives an error of the stream its class, and says what to do.
 	explain func(error) error
 	// life, if not 0, is how long the stream is followed before it is opened anew
-	// without need, jittered by ±20 %; again, if not nil, ends it at once.
+	// without need, jittered by ±20 %; again, if not nil, ends it after againDelay.
 	life  time.Duration
 	again <-chan struct{}
 	// report takes a message; fresh says that it is the first one of its stream.
 	report func(message T, fresh bool)
-	// broken takes the reason why there is no stream, with the time of the next
-	// attempt.
+	// broken takes the reason why the latest message is not the state of the agent:
+	// there is no stream, with the time of the next attempt, or a message was
+	// rejected, with none.
 	broken func(err error, next time.Time)
 }
 
@@ -71,7 +78,7 @@ func (s *stream[T]) follow(ctx context.Context) {
 		}
 		err = s.explain(err)
 		delay := s.pause(retry, err, delivered && time.Since(start) >= settled)
-		s.link.complaints.log(ctx, s.cfg.Logger, err)
+		s.complain(ctx, err)
 		s.broken(err, time.Now().Add(delay))
 		if !sleep(ctx, delay) {
 			return
@@ -79,11 +86,18 @@ func (s *stream[T]) follow(ctx context.Context) {
 	}
 }
 
-// pause is the time until the next attempt.
+// complain logs err, unless everybody knows it.
+func (s *stream[T]) complain(ctx context.Context, err error) {
+	s.link.complaints.log(ctx, s.cfg.Logger, err)
+}
+
+// pause is the time until the next attempt. A stream that did its duty is opened
+// anew almost at once: all streams of an agent break together, and the agent
+// attests us for each of them.
 func (s *stream[T]) pause(retry *backoff.Sequence, err error, wasSettled bool) time.Duration {
 	if wasSettled {
 		retry.Reset()
-		return 0
+		return time.Duration(rand.Float64() * float64(s.cfg.Retry.First))
 	}
 	delay := retry.Next(time.Now())
 	if errors.Is(err, ca.ErrDenied) || errors.Is(err, ca.ErrConfig) {
@@ -103,14 +117,24 @@ func (s *stream[T]) once(ctx context.Context, conn *grpc.ClientConn) (delivered 
 	defer patience.Stop()
 	defer s.renewal(ctx, cancel)()
 	recv, err := s.open(ctx, conn)
+	answered := false
 	for err == nil {
 		var message T
-		if message, err = recv(); err != nil {
+		message, err = recv()
+		rejected := errors.Is(err, ca.ErrRejected)
+		if err != nil && !rejected {
 			break
 		}
-		if !delivered {
+		if !answered {
+			answered = true
 			patience.Stop()
-			s.cfg.Metrics.Request(nil, time.Since(start))
+			s.cfg.Metrics.Request(err, time.Since(start))
+		}
+		if rejected {
+			s.complain(ctx, err)
+			s.broken(err, time.Time{})
+			err = nil
+			continue
 		}
 		s.report(message, !delivered)
 		delivered = true
@@ -118,30 +142,39 @@ func (s *stream[T]) once(ctx context.Context, conn *grpc.ClientConn) (delivered 
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}
-	if !delivered && !errors.Is(err, errRenew) && !errors.Is(err, context.Canceled) {
+	if !answered && !errors.Is(err, errRenew) && !errors.Is(err, context.Canceled) {
 		s.cfg.Metrics.Request(s.explain(err), time.Since(start))
 	}
 	return delivered, err
 }
 
-// renewal ends the stream when its life is over, or when somebody asks, until
-// the returned function has returned.
+// renewal ends the stream when its life is over, or soon after somebody asks,
+// until the returned function has returned.
 func (s *stream[T]) renewal(ctx context.Context, cancel context.CancelCauseFunc) (stop func()) {
 	if s.life <= 0 {
 		return func() {}
+	}
+	select {
+	case <-s.again: // whoever asked before gets this one
+	default:
 	}
 	done := make(chan struct{})
 	var watcher sync.WaitGroup
 	watcher.Go(func() {
 		timer := time.NewTimer(jitter(s.life))
 		defer timer.Stop()
-		select {
-		case <-timer.C:
-			cancel(errRenew)
-		case <-s.again:
-			cancel(errRenew)
-		case <-ctx.Done():
-		case <-done:
+		for again := s.again; ; {
+			select {
+			case <-again:
+				again = nil
+				timer.Reset(jitter(againDelay))
+				continue
+			case <-timer.C:
+				cancel(errRenew)
+			case <-ctx.Done():
+			case <-done:
+			}
+			return
 		}
 	})
 	return func() {

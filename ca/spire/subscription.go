@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -18,8 +19,8 @@ import (
 // answer is the full state that an API reports of one workload.
 type answer struct {
 	grants []grant
-	// federates are the trust domains that the workload federates with, where the
-	// bundles come by a stream of their own.
+	// federates are the trust domains that the workload federates with, sorted,
+	// where the bundles come by a stream of their own.
 	federates []spiffeid.TrustDomain
 	// bundles are the workload's, where they come with the SVIDs.
 	bundles *ca.Bundles
@@ -82,7 +83,7 @@ func (s *subscription) watch(ctx context.Context, update func(ca.Event)) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case r := <-reports:
-			j.take(r)
+			j.take(ctx, r)
 		case <-bundles:
 		case <-j.grace.C:
 			j.graceOver = true
@@ -95,12 +96,11 @@ type judge struct {
 	s      *subscription
 	update func(ca.Event)
 
-	latest *answer // of the agent; nil before the first
+	latest *answer // of the agent that counts; nil before the first
 	best   *candidate
 	others []string // identities that were granted instead
-	bad    error    // why latest is of no use
 	gone   error    // the agent said so, errGone
-	broken error    // why there is no stream; nil while there is one
+	broken error    // why latest is not what the agent says now; nil while it is
 	next   time.Time
 
 	grace     *time.Timer
@@ -114,7 +114,7 @@ type judge struct {
 }
 
 // take notes a report.
-func (j *judge) take(r report) {
+func (j *judge) take(ctx context.Context, r report) {
 	j.broken, j.next = r.err, r.next
 	if r.answer == nil {
 		if errors.Is(r.err, errGone) {
@@ -122,8 +122,17 @@ func (j *judge) take(r report) {
 		}
 		return
 	}
-	j.latest, j.gone = r.answer, nil
-	j.best, j.others, j.bad = choose(r.answer.grants, j.s.want)
+	best, others, err := choose(j.s.cfg.Name, r.answer.grants, j.s.want)
+	if err != nil {
+		j.broken = err // the message does not count (R43)
+		j.s.link.complaints.log(ctx, j.s.cfg.Logger, err)
+		return
+	}
+	if j.latest != nil && j.s.board != nil && !slices.Equal(j.latest.federates, r.answer.federates) {
+		j.s.board.ask() // what changed for one may be gone for all
+	}
+	j.latest, j.best, j.others, j.gone = r.answer, best, others, nil
+	j.latest.grants = nil // they have been looked into
 	if r.fresh && j.inGrace {
 		j.stopGrace() // a stream that begins with nothing may only be early
 	}
@@ -138,8 +147,6 @@ func (j *judge) decide(ctx context.Context) {
 		// no answer yet
 	case j.latest == nil:
 		j.say(ca.Event{State: ca.Unavailable, Err: j.broken, Next: j.next})
-	case j.bad != nil:
-		j.say(ca.Event{State: ca.Unavailable, Err: j.bad})
 	case j.best == nil:
 		j.nothing(ctx, j.absent(ctx))
 	default:
@@ -171,8 +178,7 @@ func (j *judge) nothing(ctx context.Context, why error) {
 		if j.had {
 			j.s.cfg.Logger.WarnContext(ctx, "SPIRE took the identity back, it is no longer used and its tunnels end", "identity", j.s.want, "error", why.Error())
 		}
-		j.had, j.withdrawn = false, true
-		j.say(ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
+		j.withdraw(why)
 	case j.gone != nil:
 		j.say(ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
 	case len(j.others) > 0:
@@ -189,6 +195,12 @@ func (j *judge) stopGrace() {
 	j.inGrace, j.graceOver = false, false
 }
 
+// withdraw takes the identity back.
+func (j *judge) withdraw(why error) {
+	j.had, j.withdrawn = false, true
+	j.say(ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
+}
+
 // granted handles a state with our identity.
 func (j *judge) granted(ctx context.Context) {
 	j.stopGrace()
@@ -196,20 +208,17 @@ func (j *judge) granted(ctx context.Context) {
 	if j.s.board != nil {
 		var err error
 		if bundles, err = j.s.board.bundles(j.s.want.TrustDomain(), j.latest.federates); err != nil {
-			if !j.had {
-				j.say(ca.Event{State: ca.Pending, Err: err})
-			}
+			j.say(ca.Event{State: ca.Pending, Err: err})
 			return
 		}
 	}
+	if td := j.s.want.TrustDomain(); len(bundles.Anchors(td)) == 0 {
+		j.distrusted(ctx, td)
+		return
+	}
 	leaf := j.best.chain[0]
 	if !time.Now().Before(leaf.NotAfter) {
-		if j.broken == nil {
-			j.say(ca.Event{State: ca.Unavailable, Err: fmt.Errorf("%w: the agent delivered a certificate of %s that ended at %s",
-				ca.ErrExpired, j.s.want, leaf.NotAfter.UTC().Format(time.RFC3339))})
-		} else {
-			j.say(ca.Event{State: ca.Unavailable, Err: j.broken, Next: j.next})
-		}
+		j.expired(leaf.NotAfter)
 		return
 	}
 	j.had, j.withdrawn = true, false
@@ -227,8 +236,34 @@ func (j *judge) granted(ctx context.Context) {
 	j.s.cfg.Logger.DebugContext(ctx, "certificate received", slog.Any("svid", svid))
 }
 
+// distrusted handles a bundle of our own trust domain that is empty (R31) or gone
+// (R42): every SVID of it is invalid, ours among them. There is no grace: until
+// its end we would trust what the agent says we must not.
+func (j *judge) distrusted(ctx context.Context, td spiffeid.TrustDomain) {
+	err := fmt.Errorf("the agent has no certificate in its bundle of trust domain %q, which makes all of its identities invalid", td.Name())
+	switch {
+	case j.had:
+		j.s.cfg.Logger.WarnContext(ctx, "SPIRE emptied the bundle of the trust domain, the identity is no longer used and its tunnels end", "identity", j.s.want, "trust_domain", td.Name())
+		j.withdraw(err)
+	case j.withdrawn:
+		j.withdraw(err)
+	default:
+		j.say(ca.Event{State: ca.Unavailable, Err: err, Next: j.next})
+	}
+}
+
+// expired handles an SVID that ended at end: the agent delivered it so, or has
+// not delivered another one.
+func (j *judge) expired(end time.Time) {
+	err := fmt.Errorf("%w: %s, at %s", ca.ErrExpired, j.s.want, end.UTC().Format(time.RFC3339))
+	if j.broken != nil {
+		err = fmt.Errorf("%w: %w", err, j.broken)
+	}
+	j.say(ca.Event{State: ca.Unavailable, Err: err, Next: j.next})
+}
+
 // still repeats the SVID that was reported, if its circumstances have changed:
-// that its stream is broken, or is back.
+// its stream is broken, or is back.
 func (j *judge) still() {
 	ev := ca.Event{State: ca.Available, SVID: j.said.SVID, Err: j.broken, Next: j.next}
 	if j.said.State != ca.Available || text(j.said.Err) != text(ev.Err) || !j.said.Next.Equal(ev.Next) {
