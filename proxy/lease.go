@@ -35,7 +35,7 @@ func (h *leaseHolder) leaseFor(w *state.Workload, podUID string) (*ca.Lease, err
 	}
 	old := h.lease
 	h.id, h.lease = w.Identity, h.cfg.Certs.Acquire(ca.WorkloadRef{
-		ID: w.Identity, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, Pod: w.Name, UID: podUID,
+		ID: w.Identity, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, Pod: w.Name, UID: podUID, PIDFD: h.cfg.PIDFD,
 	})
 	if old != nil {
 		old.Release()

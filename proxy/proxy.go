@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -32,6 +33,7 @@ type Config struct {
 	CRLs    *ca.CRLs  // asked about every peer, and followed; nil: nothing is revoked
 	Local   state.Ref // the pod for which it stands in
 	PodUID  string    // of that pod, "" when there is none but the one of Local
+	PIDFD   *os.File  // of a process of that pod, for providers that name workloads so; nil: none. It stays the caller's
 
 	// The listeners' addresses: captured outbound, HBONE, captured inbound plaintext.
 	OutboundAddr, InboundAddr, PassthroughAddr netip.AddrPort

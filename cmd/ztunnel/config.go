@@ -1,9 +1,12 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
+
+	"github.com/ztunnel-go/ztunnel/ca/router"
 )
 
 // Config is the effective configuration of one process: plain values, checked.
@@ -50,6 +53,8 @@ type ProxyConfig struct {
 	Enabled        bool
 	Mode           ProxyMode
 	Workload       WorkloadInfo // dedicated mode: the only workload
+	WorkloadPID    int          // dedicated mode: a process of it, 0 = unknown
+	PodUID         string       // dedicated mode: of its pod
 	Node           string
 	Network        string
 	ClusterID      string
@@ -184,22 +189,62 @@ type TokenSource struct {
 
 // CAConfig selects and configures the certificate providers.
 type CAConfig struct {
-	Providers          []string // of CA_PROVIDER, canonical names, first = default
-	Fake               bool     // FAKE_CA
-	LocalDir           string   // "" = in memory
-	SecretTTL          time.Duration
+	// Providers are the listed ones, the default first, and Routes say who is
+	// served by another. Both come from the environment, or from ConfigFile.
+	Providers  []ProviderConfig
+	Routes     []router.Rule
+	ConfigFile string // CA_CONFIG: read again when it changes
+
+	// ProviderSettings are those of the environment.
+	ProviderSettings
+
+	Fake               bool // FAKE_CA
 	Linger             time.Duration
-	RequestTimeout     time.Duration
 	Validation         string // "", strict or compatible; "" = as the provider's nature demands (design D1)
 	DefaultTrustDomain string
 	TrustDomainAliases []string
 	CRLPath            string
+}
 
-	Address     string // istio
+// ProviderConfig is one certificate provider.
+type ProviderConfig struct {
+	Name string // of the operator's choice with CA_CONFIG, otherwise its Type
+	Type string // one of the names of CA_PROVIDER
+	ProviderSettings
+}
+
+// ProviderSettings are the settings of all types of providers; each type has its
+// own of them, as providerKeys lists them. They are values: equal ones make equal
+// providers.
+type ProviderSettings struct {
+	SecretTTL      time.Duration // istio, local
+	RequestTimeout time.Duration // istio, local
+
+	LocalDir string // local; "" = in memory
+
+	Address     string // istio, as all up to Roots
 	RootCert    RootCert
 	AltHostname string
 	Headers     []HeaderField
 	Token       TokenSource
+	CertSigner  string
+	Roots       string // path of a PEM file, "" = the CA's own (CA_CONFIG only)
+
+	WithdrawGrace time.Duration // all of SPIRE
+	SPIRETimeout  time.Duration // spire-delegated, spire-workload
+
+	AdminSocket  string // spire-delegated, as all up to ByPID
+	Selectors    []string
+	BundleResync time.Duration
+	ByPID        bool // SPIRE_REFERENCE=pid
+
+	BrokerSocket      string // spire-broker, as all up to BrokerTimeout
+	BrokerWorkloadAPI string
+	BrokerOwnID       string
+	BrokerByPID       bool // SPIFFE_BROKER_ATTESTATION=pid
+	BrokerTimeout     time.Duration
+
+	EndpointSocket string // spire-workload; spire-broker without BrokerWorkloadAPI
 }
 
 // XDSConfig says where the state comes from.
@@ -307,6 +352,14 @@ func (c *Config) invalid(name string, err error) error {
 		}
 	}
 	return &ConfigError{Problems: []error{fmt.Errorf("invalid env var %s (%w)", name, err)}}
+}
+
+// asConfigError is err as an error of the configuration, which it may be already.
+func asConfigError(err error) error {
+	if _, ok := errors.AsType[*ConfigError](err); ok {
+		return err
+	}
+	return &ConfigError{Problems: []error{err}}
 }
 
 // Load reads the configuration from environ ("NAME=value"), from PROXY_CONFIG

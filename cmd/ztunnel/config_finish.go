@@ -50,7 +50,7 @@ func (l *loader) finish() {
 }
 
 func (l *loader) configProblem(format string, args ...any) {
-	l.problems = append(l.problems, fmt.Errorf("invalid configuration: "+format, args...))
+	l.problems = append(l.problems, fmt.Errorf("invalid configuration: %w", fmt.Errorf(format, args...)))
 }
 
 func (l *loader) finishDeadline() {
@@ -172,38 +172,6 @@ func (l *loader) finishWorkload() {
 	}
 }
 
-// finishProviders joins CA_PROVIDER with the switches that mean the same.
-func (l *loader) finishProviders() {
-	c := l.cfg
-	explicit := l.values["CA_PROVIDER"]
-	if c.CA.Fake && l.spire {
-		l.configProblem("%s contradicts %s", assignment(l.values["FAKE_CA"], false), assignment(l.values["SPIRE_ENABLED"], false))
-		return
-	}
-	for _, s := range []struct {
-		row, provider string
-		on            bool
-	}{
-		{"FAKE_CA", providerLocal, c.CA.Fake},
-		{"SPIRE_ENABLED", providerSPIREDelegated, l.spire},
-	} {
-		if !s.on {
-			continue
-		}
-		want := []string{s.provider}
-		if explicit.set && !slices.Equal(c.CA.Providers, want) {
-			l.configProblem("%s contradicts %s, which means CA_PROVIDER=%s",
-				assignment(explicit, false), assignment(l.values[s.row], false), s.provider)
-			continue
-		}
-		c.CA.Providers = want
-		l.show("CA_PROVIDER", s.provider, l.values[s.row].origin)
-	}
-	if slices.Contains(c.CA.Providers, providerIstio) && l.isSet("CA_ADDRESS") && l.values["CA_ADDRESS"].text == "" {
-		l.problem(l.values["CA_ADDRESS"], false, errors.New("must not be empty with CA_PROVIDER=istio"))
-	}
-}
-
 func (l *loader) finishState() {
 	c := l.cfg
 	if l.isSet("LOCAL_XDS_PATH") && l.isSet("LOCAL_XDS") {
@@ -236,8 +204,10 @@ func (l *loader) refuseUnsupported() {
 	if c.Proxy.Mode == ModeShared {
 		refuse("PROXY_MODE", string(ModeShared), "shared mode is not supported by this build yet: set PROXY_MODE=dedicated and PROXY_WORKLOAD_INFO")
 	}
-	if c.CA.Providers != nil && !slices.Equal(c.CA.Providers, []string{providerLocal}) {
-		refuse("CA_PROVIDER", strings.Join(c.CA.Providers, ","), "this build supports only the provider local so far: set CA_PROVIDER=local")
+	for _, p := range c.CA.Providers {
+		if backends[p.Type] == nil {
+			refuse("CA_PROVIDER", p.Type, "this build does not support the provider %s yet: set CA_PROVIDER=local", p.Type)
+		}
 	}
 	if c.XDS.Address != "" {
 		refuse("XDS_ADDRESS", c.XDS.Address, `xDS is not supported by this build yet: set XDS_ADDRESS="" and LOCAL_XDS_PATH`)
@@ -249,8 +219,6 @@ func (l *loader) refuseUnsupported() {
 		{"XDS_ON_DEMAND", "on-demand xDS is not supported by this build yet: unset it or set false", c.XDS.OnDemand},
 		{"UNSTABLE_ENABLE_SOCKS5", "SOCKS5 is not supported by this build yet: unset it or set false", c.Proxy.SOCKS5},
 		{"ISTIO_META_DNS_CAPTURE", "the DNS proxy is not supported by this build yet: unset it or set false", c.DNS.Enabled},
-		{"CA_ROUTES", "several providers are not supported by this build yet: unset it", l.values["CA_ROUTES"].text != ""},
-		{"CA_CONFIG", "several providers are not supported by this build yet: unset it", l.values["CA_CONFIG"].text != ""},
 	} {
 		if s.on {
 			refuse(s.name, l.values[s.name].text, "%s", s.instead)

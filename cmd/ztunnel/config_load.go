@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"github.com/ztunnel-go/ztunnel/ca/router"
 )
 
 // value is the text of one setting and where it comes from.
@@ -39,6 +41,8 @@ type loader struct {
 	cpuReq    int              // ZTUNNEL_RESOURCE_CPU_REQUEST, 0 = unset
 	grace     time.Duration    // from TERMINATION_GRACE_PERIOD_SECONDS, 0 = unset
 	spire     bool             // SPIRE_ENABLED
+	providers []string         // CA_PROVIDER, canonical names; nil = invalid
+	routes    []router.Rule    // CA_ROUTES
 	adminPort uint16
 	statsPort uint16
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/ca/router"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 )
 
@@ -61,27 +62,46 @@ func setWorkerThreads(l *loader, v value) error {
 	return err
 }
 
+// providerTypes are the names of CA_PROVIDER.
+var providerTypes = []string{providerIstio, providerSPIREDelegated, providerSPIREBroker, providerSPIREWorkload, providerLocal}
+
+// canonicalProvider maps the names that other implementations use to ours.
+func canonicalProvider(name string) string {
+	switch name {
+	case "istio_ca":
+		return providerIstio
+	case "spiffe_broker":
+		return providerSPIREBroker
+	}
+	return name
+}
+
 func setProviders(l *loader, v value) error {
-	names := []string{providerIstio, providerSPIREDelegated, providerSPIREBroker, providerSPIREWorkload, providerLocal}
 	var out []string
 	for p := range strings.SplitSeq(v.text, ",") {
-		p = strings.TrimSpace(p)
-		switch p {
-		case "istio_ca":
-			p = providerIstio
-		case "spiffe_broker":
-			p = providerSPIREBroker
-		}
-		if !slices.Contains(names, p) {
-			return fmt.Errorf("unknown provider %q: must be one of %s", p, strings.Join(names, ", "))
+		p = canonicalProvider(strings.TrimSpace(p))
+		if !slices.Contains(providerTypes, p) {
+			return fmt.Errorf("unknown provider %q: must be one of %s", p, strings.Join(providerTypes, ", "))
 		}
 		if slices.Contains(out, p) {
 			return fmt.Errorf("provider %q stands twice", p)
 		}
 		out = append(out, p)
 	}
-	l.cfg.CA.Providers = out
+	l.providers = out
 	return nil
+}
+
+// parseRoutes reads CA_ROUTES, in which providers go by the names of CA_PROVIDER.
+func parseRoutes(s string) ([]router.Rule, error) {
+	if s == "" {
+		return nil, nil
+	}
+	rules, err := router.Parse(s)
+	for i := range rules {
+		rules[i].Provider = canonicalProvider(rules[i].Provider)
+	}
+	return rules, err
 }
 
 // parseTrustDomain takes the name of a trust domain and nothing else: of the ID
@@ -130,7 +150,9 @@ func setCAAddress(l *loader, v value) (err error) {
 	if !v.set {
 		v.text = l.defaultControlPlane()
 	}
-	l.cfg.CA.Address, err = parseAddress(v.text)
+	if l.cfg.CA.Address, err = parseAddress(v.text); err == nil && strings.HasPrefix(l.cfg.CA.Address, "http://") {
+		err = errors.New("invalid uri: http is refused, since token and certificates would cross the network in the clear: want https or unix")
+	}
 	return err
 }
 

@@ -46,12 +46,9 @@ type group struct {
 // What a row belongs to when this build does not have it yet.
 const (
 	laterXDS    = "xDS"
-	laterCA     = "Istio CA"
-	laterSPIRE  = "SPIRE"
 	laterShared = "shared mode"
 	laterDNS    = "DNS proxy"
 	laterSOCKS  = "SOCKS5"
-	laterRoutes = "several providers"
 	laterTunnel = "application tunnels"
 )
 
@@ -137,6 +134,7 @@ const (
 	maxU16    = 1<<16 - 1
 	maxU32    = 1<<32 - 1
 	maxWindow = 1<<31 - 1 // RFC 9113 §6.9.1
+	maxPID    = 1 << 22   // PID_MAX_LIMIT of Linux
 )
 
 // configTable is every setting, in the order of the documentation.
@@ -152,6 +150,10 @@ var proxyVars = group{name: "Proxy", doc: "What this process is and where it sta
 		set: to(oneOf(ModeShared, ModeDedicated), func(c *Config) *ProxyMode { return &c.Proxy.Mode })},
 	{name: "PROXY_WORKLOAD_INFO", typ: "namespace/name/service-account", doc: "The workload of `dedicated` mode, where it is required.",
 		set: to(parseWorkloadInfo, func(c *Config) *WorkloadInfo { return &c.Proxy.Workload })},
+	{name: "PROXY_WORKLOAD_PID", typ: "number", doc: "The PID of a process of that workload, as this process sees it. `SPIRE_REFERENCE=pid` and `SPIFFE_BROKER_ATTESTATION=pid` need it. Ours.",
+		set: to(number[int](1, maxPID), func(c *Config) *int { return &c.Proxy.WorkloadPID })},
+	{name: "POD_UID", typ: "string", doc: "The UID of the workload's pod in `dedicated` mode, by which SPIRE knows it. Ours.",
+		set: to(text, func(c *Config) *string { return &c.Proxy.PodUID })},
 	{name: "NODE_NAME", typ: "string", doc: "The name of this node. Workloads with the same node are local.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.Node })},
 	{name: "NETWORK", typ: "string", doc: "The network of this node.",

@@ -252,16 +252,22 @@ func TestID_CF04_Validation(t *testing.T) {
 		{"grace", "TERMINATION_GRACE_PERIOD_SECONDS=-3", "invalid env var TERMINATION_GRACE_PERIOD_SECONDS=-3 ("},
 		{"provider", "CA_PROVIDER=vault", `unknown provider "vault": must be one of istio, spire-delegated, spire-broker, spire-workload, local`},
 		{"provider twice", "CA_PROVIDER=local,local", `provider "local" stands twice`},
-		{"provider istio", "CA_PROVIDER=istio", "set CA_PROVIDER=local"},
-		{"provider alias", "CA_PROVIDER=spiffe_broker", "invalid env var CA_PROVIDER=spiffe_broker (this build supports only the provider local"},
-		{"provider list", "CA_PROVIDER=local,istio", "set CA_PROVIDER=local"},
+		{"provider twice by its alias", "CA_PROVIDER=istio,istio_ca", `provider "istio" stands twice`},
+		{"provider empty", "CA_PROVIDER=", `unknown provider "": must be one of`},
+		{"provider istio", "-CA_PROVIDER", ""},
+		{"provider alias", "CA_PROVIDER=istio_ca", ""},
+		{"provider list", "CA_PROVIDER=local,istio", ""},
 		{"fake CA", "-CA_PROVIDER;FAKE_CA=true", ""},
 		{"fake CA contradiction", "CA_PROVIDER=istio;FAKE_CA=true", "CA_PROVIDER=istio contradicts FAKE_CA=true"},
 		{"SPIRE contradiction", "SPIRE_ENABLED=true", "CA_PROVIDER=local contradicts SPIRE_ENABLED=true"},
 		{"SPIRE and fake CA", "-CA_PROVIDER;SPIRE_ENABLED=true;FAKE_CA=true", "FAKE_CA=true contradicts SPIRE_ENABLED=true"},
 		{"SPIRE alias contradiction", "SPIRE_ENABLED=false;USE_SPIRE=true", "SPIRE_ENABLED=false (contradicts USE_SPIRE=true"},
-		{"SPIRE alias", "-CA_PROVIDER;USE_SPIRE=true", "this build supports only the provider local"},
-		{"CA address empty", "CA_PROVIDER=istio;CA_ADDRESS=", "invalid env var CA_ADDRESS= (must not be empty with CA_PROVIDER=istio)"},
+		{"SPIRE alias", "-CA_PROVIDER;USE_SPIRE=true", ""},
+		{"SPIRE and its provider", "CA_PROVIDER=spire-delegated;USE_SPIRE=true", ""},
+		{"SPIRE off", "CA_PROVIDER=istio;SPIRE_ENABLED=false", ""},
+		{"CA address empty", "CA_PROVIDER=istio;CA_ADDRESS=", "invalid configuration: CA_ADDRESS is empty: the provider istio needs the address of a CA"},
+		{"CA address empty for another provider", "CA_ADDRESS=", ""},
+		{"CA address in the clear", "CA_ADDRESS=http://x", "invalid env var CA_ADDRESS=http://x (invalid uri: http is refused"},
 		{"CA address", "CA_ADDRESS=http://[::1", "invalid env var CA_ADDRESS=http://[::1 (invalid uri: "},
 		{"xDS", "XDS_ADDRESS=istiod:15012", `set XDS_ADDRESS="" and LOCAL_XDS_PATH`},
 		{"xDS unset", "-XDS_ADDRESS", `(the default; xDS is not supported by this build yet`},
@@ -279,7 +285,34 @@ func TestID_CF04_Validation(t *testing.T) {
 		{"DNS off", "ISTIO_META_DNS_CAPTURE=false", ""},
 		{"DNS on in metadata", "PROXY_CONFIG=proxyMetadata: {DNS_CAPTURE: 'true'}", "the DNS proxy is not supported by this build yet"},
 		{"CRL empty is unset", "CRL_PATH=", ""},
-		{"routes", "CA_ROUTES=a=b", "several providers are not supported by this build yet"},
+		{"routes", "CA_ROUTES=a=b", `invalid env var CA_ROUTES=a=b (rule "a=b": names no provider`},
+		{"routes empty is unset", "CA_ROUTES=", ""},
+		{"routes to nobody", "CA_ROUTES=ns=a:istio", `invalid env var CA_ROUTES=ns=a:istio (rule "ns=a:istio": unknown provider "istio": must be one of those that are listed: local)`},
+		{"routes by an alias", "CA_PROVIDER=local,istio;CA_ROUTES=*:istio_ca", ""},
+		{"routes that exclude each other", "CA_PROVIDER=local,istio;CA_ROUTES=ns=a:istio,ns=a:local", "ns=a:local can never be reached"},
+		{"socket", "SPIRE_ADMIN_ENDPOINT_SOCKET=admin.sock", "invalid env var SPIRE_ADMIN_ENDPOINT_SOCKET=admin.sock (must be an absolute path or unix:///path)"},
+		{"socket by URI", "SPIRE_ADMIN_ENDPOINT_SOCKET=unix:///a;SPIFFE_ENDPOINT_SOCKET=unix:/a;SPIFFE_BROKER_WORKLOAD_API_SOCKET=/a", ""},
+		{"socket over TCP", "SPIRE_ADMIN_ENDPOINT_SOCKET=tcp://127.0.0.1:1", "has another scheme: must be an absolute path or unix:///path"},
+		{"socket over TCP, broker", "SPIFFE_BROKER_SOCKET=tcp://127.0.0.1:1", ""},
+		{"socket over TCP without port", "SPIFFE_BROKER_SOCKET=tcp://127.0.0.1", "invalid env var SPIFFE_BROKER_SOCKET=tcp://127.0.0.1 (has no host or no port: must be an absolute path, unix:///path or tcp://host:port)"},
+		{"socket with a query", "SPIFFE_ENDPOINT_SOCKET=unix:///a?b", "has a query or a fragment"},
+		{"socket, longest path", "SPIFFE_ENDPOINT_SOCKET=/" + strings.Repeat("a", 106), ""},
+		{"socket, too long", "SPIFFE_ENDPOINT_SOCKET=unix:///" + strings.Repeat("a", 107), "the path has 108 bytes, and a socket's has at most 107"},
+		{"broker without socket", "CA_PROVIDER=spire-broker;SPIFFE_ENDPOINT_SOCKET=/a", "SPIFFE_BROKER_SOCKET is not set: the provider spire-broker needs it"},
+		{"broker without Workload API", "CA_PROVIDER=spiffe_broker;SPIFFE_BROKER_SOCKET=/a", "SPIFFE_BROKER_WORKLOAD_API_SOCKET is not set, nor is SPIFFE_ENDPOINT_SOCKET"},
+		{"broker's identity", "SPIFFE_BROKER_WORKLOAD_API_SPIFFE_ID=spiffe://a", "(must be a SPIFFE ID as in spiffe://cluster.local/ns/istio-system/sa/ztunnel: the path is missing)"},
+		{"broker's attestation", "SPIFFE_BROKER_ATTESTATION=uid", "(must be one of k8s_object, pid)"},
+		{"workload without socket", "CA_PROVIDER=spire-workload", "SPIFFE_ENDPOINT_SOCKET is not set: the provider spire-workload needs it"},
+		{"selector", "SPIRE_SELECTORS=k8s:pod-label:app:web,k8s:node-name:{{.Node}}", ""},
+		{"selector without type", "SPIRE_SELECTORS=web", "invalid env var SPIRE_SELECTORS=web ("},
+		{"selector with an unknown field", "SPIRE_SELECTORS=a:{{.Pod}}", "invalid env var SPIRE_SELECTORS=a:{{.Pod}} ("},
+		{"reference", "SPIRE_REFERENCE=uid", "(must be one of selectors, pid)"},
+		{"reference without a process", "CA_PROVIDER=spire-delegated;SPIRE_REFERENCE=pid", "SPIRE_REFERENCE=pid needs PROXY_WORKLOAD_PID"},
+		{"reference of another provider", "SPIRE_REFERENCE=pid", ""},
+		{"reference with a process", "CA_PROVIDER=spire-delegated;SPIRE_REFERENCE=pid;PROXY_WORKLOAD_PID=1", ""},
+		{"attestation without a process", "CA_PROVIDER=spire-broker;SPIFFE_BROKER_SOCKET=/a;SPIFFE_ENDPOINT_SOCKET=/a;SPIFFE_BROKER_ATTESTATION=pid", "SPIFFE_BROKER_ATTESTATION=pid needs PROXY_WORKLOAD_PID"},
+		{"process", "PROXY_WORKLOAD_PID=0", "(must be a whole number from 1 to 4194304)"},
+		{"resync", "SPIRE_BUNDLE_RESYNC=0", "(must be longer than 0)"},
 		{"validation", "SVID_VALIDATION=lax", "(must be one of strict, compatible)"},
 		{"missing policy", "AUTHZ_MISSING_POLICY=drop", "(must be one of allow, deny)"},
 		{"foreign", "AUTHZ_FOREIGN_TRUST_DOMAIN=yes", "(must be one of ignore, match)"},
@@ -330,7 +363,7 @@ func TestLoad_ReportsEverythingAtOnce(t *testing.T) {
 		t.Fatalf("got %T, want *ConfigError", err)
 	}
 	text := err.Error()
-	for _, want := range []string{"ENABLE_PROXY=2", "SECRET_TTL=x", "RUST_LOG==", "PROXY_MODE=shared (the default;", "CA_PROVIDER=istio (the default;", "XDS_ADDRESS=https://localhost:15012 (the default;"} {
+	for _, want := range []string{"ENABLE_PROXY=2", "SECRET_TTL=x", "RUST_LOG==", "PROXY_MODE=shared (the default;", "XDS_ADDRESS=https://localhost:15012 (the default;"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in:\n%s", want, text)
 		}
@@ -396,7 +429,7 @@ func TestLoad_Values(t *testing.T) {
 	check("not UTF-8 is unset", c.Proxy.Node, "")
 	check("original source", c.Sockets.OriginalSource, OriginalSourceNever)
 	check("mark in dedicated mode", c.Sockets.Mark, uint32(0))
-	check("providers", c.CA.Providers, []string{"local"})
+	check("providers", c.CA.names(), []string{"local"})
 	if v, _ := origin(c, "AUTH_TOKEN"); v != redacted {
 		t.Errorf("AUTH_TOKEN is shown as %q", v)
 	}

@@ -5,11 +5,17 @@ import (
 	"fmt"
 	"math"
 	"math/big"
+	"net"
 	"net/url"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 	"unicode"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca/spire"
 )
 
 // parseBool takes exactly "true" and "false".
@@ -233,13 +239,74 @@ func noUserinfo(s string) error {
 	return nil
 }
 
-// parseSocket takes the path or the URI of a socket.
-func parseSocket(s string) (string, error) {
-	if strings.Contains(s, "://") && !strings.HasPrefix(s, "unix:") {
-		return s, noUserinfo(s)
+// maxSocketPath is what fits into sockaddr_un with its final zero byte.
+const maxSocketPath = 107
+
+// unixSocket takes the path of a socket: absolute, plain or as unix:///path or
+// unix:/path. It is returned as it stands.
+func unixSocket(s string) (string, error) { return parseSocket(s, "an absolute path or unix:///path") }
+
+// brokerSocket is unixSocket that also takes tcp://host:port.
+func brokerSocket(s string) (string, error) {
+	const want = "an absolute path, unix:///path or tcp://host:port"
+	host, ok := strings.CutPrefix(s, "tcp://")
+	if !ok {
+		return parseSocket(s, want)
+	}
+	if err := noUserinfo(s); err != nil {
+		return "", err
+	}
+	if h, port, err := net.SplitHostPort(host); err != nil || h == "" || port == "" {
+		return "", errors.New("has no host or no port: must be " + want)
 	}
 	return s, nil
 }
+
+func parseSocket(s, want string) (string, error) {
+	path, ok := strings.CutPrefix(s, "unix://")
+	if !ok {
+		path, ok = strings.CutPrefix(s, "unix:")
+	}
+	if !ok && strings.Contains(s, "://") {
+		if err := noUserinfo(s); err != nil {
+			return "", err
+		}
+		return "", errors.New("has another scheme: must be " + want)
+	}
+	switch {
+	case !filepath.IsAbs(path):
+		return "", errors.New("must be " + want)
+	case strings.ContainsAny(path, "?#\x00"):
+		return "", errors.New("has a query or a fragment: must be " + want)
+	case len(path) > maxSocketPath:
+		return "", fmt.Errorf("the path has %d bytes, and a socket's has at most %d", len(path), maxSocketPath)
+	}
+	return s, nil
+}
+
+// parseID takes a SPIFFE ID with a path.
+func parseID(s string) (string, error) {
+	id, err := spiffeid.FromString(s)
+	if err == nil && id.Path() == "" {
+		err = errors.New("the path is missing")
+	}
+	if err != nil {
+		return "", fmt.Errorf("must be a SPIFFE ID as in spiffe://cluster.local/ns/istio-system/sa/ztunnel: %w", err)
+	}
+	return s, nil
+}
+
+// parseSelectors takes a list of selector templates.
+func parseSelectors(s string) ([]string, error) {
+	templates, err := list(s)
+	if err == nil {
+		err = checkSelectors(templates)
+	}
+	return templates, err
+}
+
+// checkSelectors judges templates of selectors.
+func checkSelectors(templates []string) error { return spire.ParseSelectors(templates) }
 
 // parseWorkloadInfo splits ns/name/sa. Whether they make an identity is checked
 // when the trust domain is known.

@@ -192,7 +192,7 @@ func newDemo(world string) (*demo, error) {
 		}
 		host := d.fabric.Host(addr)
 		host.Capture(true)
-		return newNode(cfg, nodeParts{network: host.Proxy(), provider: root.Provider(), log: log})
+		return newNode(cfg, nodeParts{network: host.Proxy(), backends: embedded(root), log: log})
 	}
 	if d.client, err = wire("client", "node-1", demoClient, io.Discard); err != nil {
 		return nil, err
@@ -200,6 +200,13 @@ func newDemo(world string) (*demo, error) {
 	d.clientApp = d.fabric.Host(demoClient).App()
 	d.server, err = wire("server", "node-2", demoServer, d.serverLog)
 	return d, err
+}
+
+// embedded makes every provider one of the same CA.
+func embedded(root *local.CA) map[string]backend {
+	return map[string]backend{
+		providerLocal: func(providerParts, ProviderConfig) (ca.Provider, error) { return root.Provider(), nil },
+	}
 }
 
 func mustDuration(s string) time.Duration {

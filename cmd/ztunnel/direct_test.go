@@ -109,7 +109,7 @@ func newDirectNode(t *testing.T, cfg *Config, network netns.Network, root *local
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := newNode(cfg, nodeParts{network: network, provider: root.Provider(), log: log})
+	n, err := newNode(cfg, nodeParts{network: network, backends: embedded(root), log: log})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -60,6 +60,7 @@ type ourDump struct {
 	Certificates []ourCertificate  `json:"certificates"`
 	Connections  connectionsDump   `json:"connections"`
 	LocalError   string            `json:"localConfigError,omitempty"`
+	CAError      string            `json:"caConfigError,omitempty"`
 	Pending      []string          `json:"pending"`
 	Origins      map[string]string `json:"configOrigins"`
 }
@@ -108,6 +109,9 @@ func (n *node) dumpOurs(certs []ca.Status) any {
 		if err := n.world.LastError(); err != nil {
 			d.LocalError = err.Error()
 		}
+	}
+	if err := n.caConfig.lastError(); err != nil {
+		d.CAError = err.Error()
 	}
 	for _, s := range n.cfg.Settings() {
 		if s.Origin != "default" {

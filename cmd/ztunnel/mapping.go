@@ -6,7 +6,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/ca/istio"
 	calocal "github.com/ztunnel-go/ztunnel/ca/local"
+	"github.com/ztunnel-go/ztunnel/ca/spire"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 	"github.com/ztunnel-go/ztunnel/proxy"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
@@ -49,10 +51,33 @@ func trustOf(cfg *Config) (t trust, err error) {
 	return t, err
 }
 
-func localCAConfig(cfg *Config, t trust) calocal.Config {
+func localCAConfig(t trust, p ProviderConfig) calocal.Config {
 	return calocal.Config{
-		Dir: cfg.CA.LocalDir, TrustDomain: t.domain, Aliases: t.aliases, TTL: cfg.CA.SecretTTL,
-		Poll: ca.PollConfig{Timeout: cfg.CA.RequestTimeout, Validation: t.validation},
+		Name: p.Name, Dir: p.LocalDir, TrustDomain: t.domain, Aliases: t.aliases, TTL: p.SecretTTL,
+		Poll: ca.PollConfig{Timeout: p.RequestTimeout, Validation: t.validation},
+	}
+}
+
+// istioConfig: only a shared proxy impersonates. In dedicated mode the CA alone
+// decides who we are.
+func istioConfig(cfg *Config, t trust, p ProviderConfig) istio.Config {
+	headers := make([]istio.Header, 0, len(p.Headers))
+	for _, h := range p.Headers {
+		headers = append(headers, istio.Header{Name: h.Name, Value: h.Value})
+	}
+	return istio.Config{
+		Name: p.Name, Address: p.Address, RootFile: p.RootCert.File, RootPEM: p.RootCert.Inline, AltHostname: p.AltHostname,
+		Headers: headers, TokenFile: p.Token.File, Token: p.Token.Token, ClusterID: cfg.Proxy.ClusterID, CertSigner: p.CertSigner,
+		Impersonate: cfg.Proxy.Mode == ModeShared, TrustDomain: t.domain, Aliases: t.aliases, TTL: p.SecretTTL, Roots: p.Roots,
+		TLS12: cfg.TLS.AllowTLS12 && !cfg.TLS.PostQuantum, PQC: cfg.TLS.PostQuantum,
+		Poll: ca.PollConfig{Timeout: p.RequestTimeout, Validation: t.validation},
+	}
+}
+
+func delegatedConfig(cfg *Config, t trust, p ProviderConfig) spire.DelegatedConfig {
+	return spire.DelegatedConfig{
+		Common:      spire.Common{Name: p.Name, Socket: p.AdminSocket, Timeout: p.SPIRETimeout, WithdrawGrace: explicit(p.WithdrawGrace)},
+		TrustDomain: t.domain, Selectors: p.Selectors, Node: cfg.Proxy.Node, ByPID: p.ByPID, Resync: p.BundleResync,
 	}
 }
 
@@ -106,6 +131,7 @@ func dataPathConfig(cfg *Config) proxy.Config {
 	w := cfg.Proxy.Workload
 	return proxy.Config{
 		Local:        state.Ref{Namespace: w.Namespace, Name: w.Name, ServiceAccount: w.ServiceAccount},
+		PodUID:       cfg.Proxy.PodUID,
 		OutboundAddr: cfg.Listeners.Outbound, InboundAddr: cfg.Listeners.Inbound, PassthroughAddr: cfg.Listeners.InboundPlaintext,
 		IllegalPorts: cfg.Listeners.IllegalPorts, NetworkID: cfg.Proxy.Network,
 		HBONE: hboneConfig(cfg), PoolMaxStreams: int(cfg.HBONE.PoolMaxStreams), PoolIdle: explicit(cfg.HBONE.PoolUnusedTimeout),

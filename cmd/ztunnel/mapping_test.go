@@ -16,9 +16,15 @@ func produced(t *testing.T, cfg *Config) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	providers := []any{}
+	for _, p := range cfg.CA.Providers {
+		signer := istioConfig(cfg, trust, p)
+		signer.Poll.Logger = nil
+		providers = append(providers, p, signer, localCAConfig(trust, p), delegatedConfig(cfg, trust, p))
+	}
 	return fmt.Sprintf("%+v\n", []any{
 		stateConfig(cfg), worldConfig(cfg), hboneConfig(cfg), queueLimit(cfg), dataPathConfig(cfg), metricsConfig(cfg), hostConfig(cfg),
-		logConfig(cfg), localCAConfig(cfg, trust), managerConfig(cfg, trust), tlsOptions(cfg, trust), crlConfig(cfg), cfg.serverConfig(),
+		logConfig(cfg), providers, cfg.CA.Routes, cfg.Proxy.WorkloadPID, managerConfig(cfg, trust), tlsOptions(cfg, trust), crlConfig(cfg), cfg.serverConfig(),
 		cfg.Proxy.TerminationDeadline, cfg.Proxy.WorkerThreads, cfg.Metrics.BuildTag,
 	})
 }
@@ -26,7 +32,7 @@ func produced(t *testing.T, cfg *Config) string {
 // TestEverySettingIsUsed: each row that claims to have an effect in this build
 // changes what the packages get.
 func TestEverySettingIsUsed(t *testing.T) {
-	read := files(map[string]string{"/world.yaml": "", "/ca": ""})
+	read := files(map[string]string{"/world.yaml": "", "/ca": "", "/root.pem": "", "/ca.yaml": "providers: [{name: local, dir: /ca}]"})
 	changed := map[string]string{ // a value that is not the default
 		"PROXY_WORKLOAD_INFO": "a/b/c", "NODE_NAME": "x", "NETWORK": "x", "CLUSTER_ID": "x", "ENABLE_RESPONSE_BAGGAGE": "false",
 		"CONNECTION_TERMINATION_DEADLINE": "1m", "TERMINATION_GRACE_PERIOD_SECONDS": "100",
@@ -38,6 +44,11 @@ func TestEverySettingIsUsed(t *testing.T) {
 		"HBONE_MAX_CONCURRENT_STREAMS": "7", "HTTP2_STREAM_WINDOW_SIZE": "70000", "HTTP2_CONNECTION_WINDOW_SIZE": "70000", "HTTP2_FRAME_SIZE": "20000",
 		"TCP_CONNECT_TIMEOUT": "1s", "HBONE_HANDSHAKE_TIMEOUT": "1s", "HBONE_RESPONSE_TIMEOUT": "1s", "HBONE_IDLE_TIMEOUT": "1s",
 		"HBONE_PING_INTERVAL": "1s", "HBONE_PING_TIMEOUT": "1s", "WORKLOAD_WAIT_TIMEOUT": "1s", "CA_REQUEST_TIMEOUT": "1s", "HTTP_HEADER_TIMEOUT": "1s",
+		"PROXY_WORKLOAD_PID": "7", "POD_UID": "x", "CA_PROVIDER": "istio", "CA_ROUTES": "ns=a:local", "CA_CONFIG": "/ca.yaml",
+		"CA_ADDRESS": "https://x", "CA_ROOT_CA": "/root.pem", "ALT_CA_HOSTNAME": "x", "CA_HEADER_*": "CA_HEADER_X=y", "CA_CERT_SIGNER": "x", "AUTH_TOKEN": "x",
+		"KUBERNETES_SERVICE_HOST": "x", "SPIRE_ADMIN_ENDPOINT_SOCKET": "/x", "SPIRE_TIMEOUT": "1s", "SPIRE_SELECTORS": "a:b", "SPIRE_BUNDLE_RESYNC": "1m",
+		"SPIRE_REFERENCE": "pid", "SVID_WITHDRAW_GRACE": "1s", "SPIFFE_BROKER_SOCKET": "/x", "SPIFFE_BROKER_WORKLOAD_API_SOCKET": "/x",
+		"SPIFFE_BROKER_WORKLOAD_API_SPIFFE_ID": "spiffe://x/y", "SPIFFE_BROKER_ATTESTATION": "pid", "SPIFFE_BROKER_TIMEOUT": "1s", "SPIFFE_ENDPOINT_SOCKET": "/x",
 		"CA_LOCAL_DIR": "/ca", "SECRET_TTL": "1h", "CA_LINGER": "1s", "CRL_PATH": "/crl", "SVID_VALIDATION": "strict", "DEFAULT_TRUST_DOMAIN": "x", "TRUST_DOMAIN_ALIASES": "x",
 		"LOCAL_XDS_PATH": "/world.yaml", "LOCAL_XDS": "workloads: []",
 		"AUTHZ_POLICY_INFO_LOGGING": "true", "AUTHZ_MISSING_POLICY": "deny", "AUTHZ_FOREIGN_TRUST_DOMAIN": "match",
@@ -47,14 +58,15 @@ func TestEverySettingIsUsed(t *testing.T) {
 		"ISTIO_META_*": "ISTIO_META_TRUST_DOMAIN_ALIASES=x",
 	}
 	elsewhere := map[string]string{ // why a row does not stand above
-		"ENABLE_PROXY":   "false is refused: TestID_CF04_Validation",
-		"PROXY_MODE":     "shared is refused: TestID_CF04_Validation",
-		"CA_PROVIDER":    "others than local are refused: TestID_CF04_Validation",
-		"XDS_ADDRESS":    "others than the empty one are refused: TestID_CF04_Validation",
-		"FAKE_CA":        "means CA_PROVIDER=local: TestID_CF04_Validation",
-		"TRUST_DOMAIN":   "is shown only: TestID_AD02_ConfigDump",
-		"INPOD_ENABLED":  "has no effect, and says so",
-		"RUST_BACKTRACE": "has no effect, and says so",
+		"ENABLE_PROXY":                "false is refused: TestID_CF04_Validation",
+		"PROXY_MODE":                  "shared is refused: TestID_CF04_Validation",
+		"XDS_ADDRESS":                 "others than the empty one are refused: TestID_CF04_Validation",
+		"FAKE_CA":                     "means CA_PROVIDER=local: TestID_CF04_Validation",
+		"SPIRE_ENABLED":               "means CA_PROVIDER=spire-delegated: TestProviderAliases",
+		"CONTAINER_RUNTIME_SOCK_PATH": "has no effect, and says so",
+		"TRUST_DOMAIN":                "is shown only: TestID_AD02_ConfigDump",
+		"INPOD_ENABLED":               "has no effect, and says so",
+		"RUST_BACKTRACE":              "has no effect, and says so",
 	}
 	for _, g := range configTable {
 		for _, v := range g.vars {
@@ -73,6 +85,9 @@ func TestEverySettingIsUsed(t *testing.T) {
 				env = text
 			}
 			base := with("-LOCAL_XDS_PATH")
+			if v.name == "CA_CONFIG" {
+				base = with("-LOCAL_XDS_PATH", "-CA_PROVIDER")
+			}
 			was, _, err := Load(base, read)
 			if err != nil {
 				t.Fatal(err)
@@ -100,7 +115,7 @@ func TestMapping(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	data, signer := dataPathConfig(cfg), localCAConfig(cfg, trust)
+	data, signer := dataPathConfig(cfg), localCAConfig(trust, cfg.CA.Providers[0])
 	if data.PoolIdle >= 0 || managerConfig(cfg, trust).Linger >= 0 || metricsConfig(cfg).Idle >= 0 {
 		t.Errorf("0s: pool %v, linger %v, metrics %v; want all negative", data.PoolIdle, managerConfig(cfg, trust).Linger, metricsConfig(cfg).Idle)
 	}

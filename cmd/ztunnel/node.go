@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -34,7 +35,8 @@ type node struct {
 	store    *state.Store
 	world    *local.Source
 	certs    *ca.Manager
-	crls     *ca.CRLs // nil without a file
+	crls     *ca.CRLs       // nil without a file
+	caConfig *caConfigWatch // nil without CA_CONFIG
 	proxy    *proxy.Proxy
 
 	ready                         *admin.Ready
@@ -48,8 +50,9 @@ type node struct {
 // nodeParts are what distinguishes the demo's nodes from a real one.
 type nodeParts struct {
 	network  netns.Network
-	provider ca.Provider
-	log      *zlog.Log // remains the caller's
+	backends map[string]backend // nil = the real ones
+	pidfd    *os.File           // of PROXY_WORKLOAD_PID, or nil; remains the caller's
+	log      *zlog.Log          // remains the caller's
 }
 
 // newNode makes the parts and loads the state. It starts and opens nothing.
@@ -70,12 +73,12 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	if err := n.loadState(registry); err != nil {
 		return nil, err
 	}
-	manager := managerConfig(cfg, trust)
-	manager.Logger, manager.Metrics = n.slog, ca.NewMetrics(registry)
-	n.certs = ca.NewManager(single{parts.provider}, manager)
-	registry.MustRegister(n.certs)
+	if err := n.newManager(trust, parts.backends); err != nil {
+		return nil, err
+	}
 	data := dataPathConfig(cfg)
 	data.Network, data.Store, data.Certs, data.Log = parts.network, n.store, n.certs, n.slog
+	data.PIDFD = parts.pidfd
 	data.Metrics = proxy.NewMetrics(registry, metricsConfig(cfg))
 	data.TLS = tlsOptions(cfg, trust)
 	data.TLS.Tolerated = countTolerated(registry)
@@ -86,6 +89,29 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 		return nil, err
 	}
 	return n, n.newServers(registry)
+}
+
+// newManager makes the listed certificate providers and what keeps their
+// certificates. That one cannot be made is an error of the configuration.
+func (n *node) newManager(t trust, kinds map[string]backend) error {
+	if kinds == nil {
+		kinds = backends
+	}
+	metrics := ca.NewMetrics(n.registry)
+	set := &providerSet{cfg: n.cfg, trust: t, backends: kinds, metrics: metrics, log: n.slog}
+	routes, _, err := set.router(n.cfg.CA.Providers, n.cfg.CA.Routes)
+	if err != nil {
+		return asConfigError(err)
+	}
+	announce(n.app, "certificate providers", n.cfg.CA.Providers, n.cfg.CA.Routes)
+	manager := managerConfig(n.cfg, t)
+	manager.Logger, manager.Metrics = n.slog, metrics
+	n.certs = ca.NewManager(routes, manager)
+	n.registry.MustRegister(n.certs)
+	if n.caConfig = newCAConfigWatch(n.cfg, os.ReadFile, n.registry); n.caConfig != nil {
+		n.caConfig.set, n.caConfig.replace, n.caConfig.log = set, n.certs.Replace, n.slog.With("component", "ca")
+	}
+	return nil
 }
 
 // countTolerated shows the certificates that only compatible mode accepts.
@@ -349,6 +375,9 @@ func (n *node) startParts(support, probes context.Context, failed chan<- error) 
 	part(support, "certificate manager", n.certs.Run)
 	if n.crls != nil {
 		part(support, "certificate revocation lists", n.crls.Run)
+	}
+	if n.caConfig != nil {
+		part(support, "certificate provider configuration", n.caConfig.run)
 	}
 	if n.world != nil {
 		part(support, "local state", n.world.Run)

@@ -55,13 +55,16 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 			l.Info("configuration", "name", s.Name, "value", s.Value, "origin", s.Origin)
 		}
 	}
-	provider, err := newProvider(cfg, log.Logger())
+	pidfd, err := openWorkload(cfg)
 	if err != nil {
 		return err
 	}
+	if pidfd != nil {
+		defer pidfd.Close()
+	}
 	host := hostConfig(cfg)
 	host.Logger = log.Logger()
-	n, err := newNode(cfg, nodeParts{network: netns.NewHost(host), provider: provider, log: log})
+	n, err := newNode(cfg, nodeParts{network: netns.NewHost(host), pidfd: pidfd, log: log})
 	if err != nil {
 		return err
 	}
@@ -77,6 +80,20 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 		l.Info("admin socket not available", "error", strings.ReplaceAll(err.Error(), "\x00", "@"))
 	}
 	return n.run(ctx)
+}
+
+// openWorkload opens the process that PROXY_WORKLOAD_PID names, nil if it names
+// none. The descriptor stays that process's when its PID is given to another.
+func openWorkload(cfg *Config) (*os.File, error) {
+	pid := cfg.Proxy.WorkloadPID
+	if pid == 0 {
+		return nil, nil
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, cfg.invalid("PROXY_WORKLOAD_PID", fmt.Errorf("must be the PID of a running process: %w", err))
+	}
+	return os.NewFile(uintptr(fd), fmt.Sprintf("pidfd:%d", pid)), nil
 }
 
 // limitMemory finds the memory limit where the configuration names none, and

@@ -103,7 +103,7 @@ func TestStuckLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := directConfig(t, "local", "n", "CONNECTION_TERMINATION_DEADLINE=100ms")
-	n, err := newNode(cfg, nodeParts{network: loopback.New().Host(directClient).Proxy(), provider: root.Provider(), log: log})
+	n, err := newNode(cfg, nodeParts{network: loopback.New().Host(directClient).Proxy(), backends: embedded(root), log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -189,7 +189,7 @@ func TestBadFiles(t *testing.T) {
 		if err := os.WriteFile(file, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		_, err := newProvider(directConfig(t, "local", "n", "CA_LOCAL_DIR="+file+"/x"), nil)
+		_, err := newNode(directConfig(t, "local", "n", "CA_LOCAL_DIR="+file+"/x"), nodeParts{network: loopback.New().Host(directClient).Proxy(), log: log})
 		refused(t, err, "CA_LOCAL_DIR="+file+"/x")
 	})
 }
