@@ -95,6 +95,25 @@ func ClientTLS(svid *SVID, expected []spiffeid.ID, opts TLSOptions) (*tls.Config
 	return conf, nil
 }
 
+// MemberTLS is the configuration with which svid connects to a server of its own
+// trust domain, an alias of it not counting, that accept takes by its identity: a
+// backend that is reached with a certificate of ours. It sends no server name.
+func MemberTLS(svid *SVID, accept func(spiffeid.ID) error, opts TLSOptions) (*tls.Config, error) {
+	if svid == nil || svid.Cert == nil {
+		return nil, errors.New("no SVID to connect with")
+	}
+	conf := baseTLS(svid, opts)
+	conf.InsecureSkipVerify = true // VerifyConnection judges instead
+	own := svid.ID.TrustDomain()
+	conf.VerifyConnection = verifyConnection(svid, Server, opts, func(peer spiffeid.ID) error {
+		if peer.TrustDomain() != own {
+			return &PeerError{Want: fmt.Sprintf("trustdomain (%s)", own.Name()), Got: peer}
+		}
+		return accept(peer)
+	})
+	return conf, nil
+}
+
 func join(ids []spiffeid.ID) string {
 	var b strings.Builder
 	for i, id := range ids {

@@ -22,7 +22,7 @@ import (
 type advice struct {
 	code codes.Code
 	text string // part of the message, "" for any
-	kind error  // ca.ErrDenied, ca.ErrConfig, errGone; nil: it may pass by itself
+	kind error  // ca.ErrDenied, ca.ErrConfig, errGone, errRedacted; nil: it may pass by itself
 	hint string
 }
 
@@ -107,6 +107,8 @@ func (c *complaints) log(ctx context.Context, log *slog.Logger, err error) {
 	c.mu.Unlock()
 	switch {
 	case known:
+	case errors.Is(err, errRedacted):
+		log.WarnContext(ctx, "SPIRE has no identity for this proxy", "error", err.Error())
 	case errors.Is(err, ca.ErrRejected):
 		log.WarnContext(ctx, "a message of the SPIRE agent is discarded, what it sent before stays until it expires", "error", err.Error())
 	default:

@@ -33,16 +33,45 @@ type link struct {
 	conn    *grpc.ClientConn
 	changed chan struct{} // closed and replaced when conn changes
 	dialErr error         // of the latest attempt to connect
+
+	again chan struct{} // one slot: the connection should be made anew
 }
 
 func newLink(dial func(context.Context) (net.Conn, error), creds credentials.TransportCredentials) *link {
-	return &link{dial: dial, creds: creds, changed: make(chan struct{})}
+	return &link{dial: dial, creds: creds, changed: make(chan struct{}), again: make(chan struct{}, 1)}
 }
 
 // run makes the connection, which connects when it is used, and closes it when
 // ctx ends. The streams on it then break.
 func (l *link) run(ctx context.Context) error {
-	conn, err := grpc.NewClient("passthrough:///spire-agent",
+	for {
+		conn, err := l.client()
+		if err != nil {
+			return fmt.Errorf("make the connection to the agent: %w", err)
+		}
+		l.set(conn)
+		select {
+		case <-ctx.Done():
+		case <-l.again:
+		}
+		l.set(nil)
+		if err := conn.Close(); err != nil || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// reset makes the connection anew: the old one was made with what no longer
+// holds.
+func (l *link) reset() {
+	select {
+	case l.again <- struct{}{}:
+	default: // asked already
+	}
+}
+
+func (l *link) client() (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///spire-agent",
 		grpc.WithTransportCredentials(l.creds),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.connect(ctx) }),
 		grpc.WithNoProxy(),
@@ -55,22 +84,20 @@ func (l *link) run(ctx context.Context) error {
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingAfter, Timeout: 20 * time.Second}),
 	)
-	if err != nil {
-		return fmt.Errorf("make the connection to the agent: %w", err)
-	}
-	l.set(conn)
-	<-ctx.Done()
-	l.set(nil)
-	return conn.Close()
 }
 
 // connect dials, and remembers why it could not: gRPC passes on only the text.
 func (l *link) connect(ctx context.Context) (net.Conn, error) {
 	conn, err := l.dial(ctx)
-	l.mu.Lock()
-	l.dialErr = err
-	l.mu.Unlock()
+	l.note(err)
 	return conn, err
+}
+
+// note remembers why there is no connection; nil: there is one.
+func (l *link) note(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.dialErr = err
 }
 
 func (l *link) set(conn *grpc.ClientConn) {

@@ -23,6 +23,7 @@ type grant struct {
 // candidate is a grant of the identity that we want, with its certificate and its
 // key.
 type candidate struct {
+	id    spiffeid.ID
 	chain []*x509.Certificate
 	key   crypto.Signer
 }
@@ -30,8 +31,15 @@ type candidate struct {
 // choose picks, of the grants of one message, the one for want: by exact
 // identity, then by the latest expiry, then the first. It returns nil when none
 // is of want, with the others' identities for the log. One that is of want and
-// cannot be read makes the message useless (R43).
+// cannot be read makes the message useless (R43). A zero want takes the first
+// grant, which is the default (R45).
 func choose(provider string, grants []grant, want spiffeid.ID) (best *candidate, others []string, err error) {
+	if want.IsZero() && len(grants) > 0 {
+		grants = grants[:1]
+		if want, err = spiffeid.FromString(grants[0].id); err != nil {
+			return nil, nil, fmt.Errorf("%w: SPIFFE ID %.300q: %w", ca.ErrRejected, grants[0].id, err)
+		}
+	}
 	text := want.String()
 	for _, g := range grants {
 		if g.id != text {
@@ -64,7 +72,7 @@ func parseGrant(provider string, g grant, want spiffeid.ID) (*candidate, error) 
 	if !ok {
 		return nil, errors.New("the private key cannot sign")
 	}
-	c := &candidate{chain, key}
+	c := &candidate{want, chain, key}
 	svid, err := c.svid(provider, nil)
 	if err != nil {
 		return nil, err

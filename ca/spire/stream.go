@@ -35,6 +35,9 @@ type stream[T any] struct {
 	// ca.ErrRejected of recv is about one message, which does not count (R43); any
 	// other error is the end of the stream.
 	open func(ctx context.Context, conn *grpc.ClientConn) (recv func() (T, error), err error)
+	// ready, if not nil, says what is missing to open the stream, which then waits
+	// until changed is closed.
+	ready func() (changed <-chan struct{}, err error)
 	// explain gives an error of the stream its class, and says what to do.
 	explain func(error) error
 	// life, if not 0, is how long the stream is followed before it is opened anew
@@ -44,8 +47,8 @@ type stream[T any] struct {
 	// report takes a message; fresh says that it is the first one of its stream.
 	report func(message T, fresh bool)
 	// broken takes the reason why the latest message is not the state of the agent:
-	// there is no stream, with the time of the next attempt, or a message was
-	// rejected, with none.
+	// there is no stream, with the time of the next attempt, or none while something
+	// is missing for it; or a message was rejected, with none.
 	broken func(err error, next time.Time)
 }
 
@@ -58,7 +61,7 @@ func (s *stream[T]) follow(ctx context.Context) {
 	retry := s.cfg.Retry.New()
 	for opened := false; ; opened = true {
 		conn, err := s.link.get(ctx)
-		if err != nil {
+		if err != nil || !s.await(ctx) {
 			return
 		}
 		if opened {
@@ -86,6 +89,25 @@ func (s *stream[T]) follow(ctx context.Context) {
 	}
 }
 
+// await waits until the stream can be opened; it is false when ctx ended first.
+func (s *stream[T]) await(ctx context.Context) bool {
+	if s.ready == nil {
+		return true
+	}
+	for {
+		changed, err := s.ready()
+		if err == nil {
+			return true
+		}
+		s.broken(err, time.Time{})
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
 // complain logs err, unless everybody knows it.
 func (s *stream[T]) complain(ctx context.Context, err error) {
 	s.link.complaints.log(ctx, s.cfg.Logger, err)
@@ -100,7 +122,8 @@ func (s *stream[T]) pause(retry *backoff.Sequence, err error, wasSettled bool) t
 		return time.Duration(rand.Float64() * float64(s.cfg.Retry.First))
 	}
 	delay := retry.Next(time.Now())
-	if errors.Is(err, ca.ErrDenied) || errors.Is(err, ca.ErrConfig) {
+	soon := errors.Is(err, errGone) || errors.Is(err, errRedacted) // a pod or an entry that is about to be known
+	if !soon && (errors.Is(err, ca.ErrDenied) || errors.Is(err, ca.ErrConfig)) {
 		delay = max(delay, jitter(deniedDelay))
 	}
 	return delay

@@ -28,13 +28,18 @@ type answer struct {
 
 // errGone says that the agent no longer knows the workload, or not for us: its
 // SVID is taken back, as if it were absent from a full state.
-var errGone = fmt.Errorf("%w: the agent does not know the workload", ca.ErrDenied)
+var errGone = fmt.Errorf("%w: the agent has nothing for the workload", ca.ErrDenied)
+
+// errRedacted says that the agent has no SVID for us at all. After one it takes
+// back what there was (R42); before, we are only too early.
+var errRedacted = fmt.Errorf("%w: the agent has no identity for this proxy", ca.ErrDenied)
 
 // subscription turns the stream of one workload into events (design D23).
 type subscription struct {
 	cfg     *Common
 	link    *link
-	want    spiffeid.ID
+	want    spiffeid.ID                                 // zero: the first that is granted
+	ready   func() (changed <-chan struct{}, err error) // as stream has it
 	open    func(ctx context.Context, conn *grpc.ClientConn) (recv func() (*answer, error), err error)
 	explain func(error) error
 	// nothing says why the agent may have nothing for the workload.
@@ -64,7 +69,7 @@ func (s *subscription) watch(ctx context.Context, update func(ca.Event)) error {
 		}
 	}
 	follower := &stream[*answer]{
-		cfg: s.cfg, link: s.link, open: s.open, explain: s.explain,
+		cfg: s.cfg, link: s.link, ready: s.ready, open: s.open, explain: s.explain,
 		report: func(a *answer, fresh bool) { tell(report{answer: a, fresh: fresh}) },
 		broken: func(err error, next time.Time) { tell(report{err: err, next: next}) },
 	}
@@ -99,7 +104,7 @@ type judge struct {
 	latest *answer // of the agent that counts; nil before the first
 	best   *candidate
 	others []string // identities that were granted instead
-	gone   error    // the agent said so, errGone
+	gone   error    // the agent said so, errGone or errRedacted
 	broken error    // why latest is not what the agent says now; nil while it is
 	next   time.Time
 
@@ -117,7 +122,7 @@ type judge struct {
 func (j *judge) take(ctx context.Context, r report) {
 	j.broken, j.next = r.err, r.next
 	if r.answer == nil {
-		if errors.Is(r.err, errGone) {
+		if errors.Is(r.err, errGone) || errors.Is(r.err, errRedacted) && j.latest != nil {
 			j.gone = r.err
 		}
 		return
@@ -176,7 +181,7 @@ func (j *judge) nothing(ctx context.Context, why error) {
 	case j.had || j.withdrawn:
 		j.stopGrace()
 		if j.had {
-			j.s.cfg.Logger.WarnContext(ctx, "SPIRE took the identity back, it is no longer used and its tunnels end", "identity", j.s.want, "error", why.Error())
+			j.s.cfg.Logger.WarnContext(ctx, "SPIRE took the identity back, it is no longer used and its tunnels end", "identity", j.identity(), "error", why.Error())
 		}
 		j.withdraw(why)
 	case j.gone != nil:
@@ -188,6 +193,14 @@ func (j *judge) nothing(ctx context.Context, why error) {
 	default:
 		j.say(ca.Event{State: ca.Pending, Err: why})
 	}
+}
+
+// identity is the one that was asked for, or the default that was had.
+func (j *judge) identity() spiffeid.ID {
+	if j.s.want.IsZero() && j.said.SVID != nil {
+		return j.said.SVID.ID
+	}
+	return j.s.want
 }
 
 func (j *judge) stopGrace() {
@@ -212,7 +225,7 @@ func (j *judge) granted(ctx context.Context) {
 			return
 		}
 	}
-	if td := j.s.want.TrustDomain(); len(bundles.Anchors(td)) == 0 {
+	if td := j.best.id.TrustDomain(); len(bundles.Anchors(td)) == 0 {
 		j.distrusted(ctx, td)
 		return
 	}
@@ -243,7 +256,7 @@ func (j *judge) distrusted(ctx context.Context, td spiffeid.TrustDomain) {
 	err := fmt.Errorf("the agent has no certificate in its bundle of trust domain %q, which makes all of its identities invalid", td.Name())
 	switch {
 	case j.had:
-		j.s.cfg.Logger.WarnContext(ctx, "SPIRE emptied the bundle of the trust domain, the identity is no longer used and its tunnels end", "identity", j.s.want, "trust_domain", td.Name())
+		j.s.cfg.Logger.WarnContext(ctx, "SPIRE emptied the bundle of the trust domain, the identity is no longer used and its tunnels end", "identity", j.best.id, "trust_domain", td.Name())
 		j.withdraw(err)
 	case j.withdrawn:
 		j.withdraw(err)
@@ -255,7 +268,7 @@ func (j *judge) distrusted(ctx context.Context, td spiffeid.TrustDomain) {
 // expired handles an SVID that ended at end: the agent delivered it so, or has
 // not delivered another one.
 func (j *judge) expired(end time.Time) {
-	err := fmt.Errorf("%w: %s, at %s", ca.ErrExpired, j.s.want, end.UTC().Format(time.RFC3339))
+	err := fmt.Errorf("%w: %s, at %s", ca.ErrExpired, j.best.id, end.UTC().Format(time.RFC3339))
 	if j.broken != nil {
 		err = fmt.Errorf("%w: %w", err, j.broken)
 	}
