@@ -68,8 +68,12 @@ type BrokerConfig struct {
 	WorkloadAPI string
 	// OwnID is the proxy's own identity. Zero: the first SVID of the Workload API.
 	OwnID spiffeid.ID
-	// ByPID references workloads by their process instead of by their pod.
+	// ByPID references workloads by their process instead of by their pod. The
+	// endpoint must then be on this node.
 	ByPID bool
+	// TLS is the policy of the connection, of which PQC, Validation, Tolerated and
+	// Revoked count. It is TLS 1.3 in any case.
+	TLS ca.TLSOptions
 	// DialWorkloadAPI replaces the connection to WorkloadAPI, in tests.
 	DialWorkloadAPI func(ctx context.Context) (net.Conn, error)
 }

@@ -130,7 +130,9 @@ var workloadAdvice = []advice{
 		"this is not the socket of the Workload API; it must name socket_path of the agent"},
 }
 
-func (a *workloadAPI) explain(err error) error { return explain(err, a.link.lastDial(), workloadAdvice) }
+func (a *workloadAPI) explain(err error) error {
+	return explain(err, a.link.lastDial(), workloadAdvice)
+}
 
 // x509Profile reads the messages of the X.509-SVID profile, which the Workload API
 // and the Broker API have in common, for one workload.

@@ -1,0 +1,119 @@
+package spire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+)
+
+// ownSVID is the proxy's own, with which it reaches the broker endpoint. It comes
+// from the Workload API. It is safe for concurrent use.
+type ownSVID struct {
+	api  *workloadAPI
+	want spiffeid.ID // zero: the first
+	// withdrawn is called when the SVID is taken back: what was reached with it is
+	// to be let go.
+	withdrawn func()
+
+	mu      sync.Mutex // guards what follows
+	svid    *ca.SVID   // the latest, until it is taken back
+	err     error      // why there is none, or no newer one
+	changed chan struct{}
+}
+
+func newOwnSVID(api *workloadAPI, want spiffeid.ID) *ownSVID {
+	return &ownSVID{api: api, want: want, err: errNoOwnAnswer, changed: make(chan struct{})}
+}
+
+var errNoOwnAnswer = errors.New("the Workload API has not answered yet")
+
+// follow keeps the SVID current until ctx ends.
+func (o *ownSVID) follow(ctx context.Context) {
+	// watch returns only when ctx ends, and says nothing else.
+	_ = o.api.watch(ctx, o.want, func(ev ca.Event) { o.take(ctx, ev) })
+}
+
+func (o *ownSVID) take(ctx context.Context, ev ca.Event) {
+	log := o.api.cfg.Logger
+	if ev.State == ca.Available {
+		if err := o.check(ev.SVID); err != nil {
+			ev = ca.Event{State: ca.Unavailable, Err: err}
+			log.WarnContext(ctx, "the proxy's own SVID is rejected, the broker endpoint cannot be reached with it", "error", err.Error())
+		}
+	}
+	o.mu.Lock()
+	before := o.svid
+	o.err = ev.Err
+	switch ev.State {
+	case ca.Available:
+		o.svid = ev.SVID
+	case ca.Withdrawn:
+		o.svid = nil
+	}
+	now := o.svid
+	close(o.changed)
+	o.changed = make(chan struct{})
+	o.mu.Unlock()
+	switch {
+	case before != nil && now == nil:
+		log.WarnContext(ctx, "the proxy's own SVID was taken back, the broker endpoint is no longer used", "error", ev.Err.Error())
+		o.withdrawn()
+	case before == nil && now != nil:
+		log.InfoContext(ctx, "the proxy has its own SVID for the broker endpoint", "svid", now)
+	}
+}
+
+// check judges the SVID as the endpoint will.
+func (o *ownSVID) check(svid *ca.SVID) error {
+	if !o.want.IsZero() && svid.ID != o.want {
+		return fmt.Errorf("did not find expected SAN: %s", o.want)
+	}
+	chain, err := svid.Chain()
+	if err != nil {
+		return err
+	}
+	_, err = ca.VerifySVID(chain, svid.Bundles, ca.VerifyOptions{Usage: ca.Client})
+	return err
+}
+
+// current is the SVID, or why there is none.
+func (o *ownSVID) current() (*ca.SVID, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.look()
+}
+
+// ready is the error of current, with a channel that is closed when it may have
+// changed.
+func (o *ownSVID) ready() (<-chan struct{}, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	_, err := o.look()
+	return o.changed, err
+}
+
+// look is called with the lock held.
+func (o *ownSVID) look() (*ca.SVID, error) {
+	switch {
+	case o.svid == nil && o.err == nil:
+		return nil, fmt.Errorf("%w: %w", errNoOwnSVID, errNoOwnAnswer)
+	case o.svid == nil:
+		return nil, fmt.Errorf("%w: %w", errNoOwnSVID, o.err)
+	case time.Now().Before(o.svid.NotAfter):
+		return o.svid, nil
+	}
+	err := fmt.Errorf("%w: %w: %s, at %s", errNoOwnSVID, ca.ErrExpired, o.svid.ID, o.svid.NotAfter.UTC().Format(time.RFC3339))
+	if o.err != nil {
+		err = fmt.Errorf("%w: %w", err, o.err)
+	}
+	return nil, err
+}
+
+// errNoOwnSVID keeps the endpoint from being reached.
+var errNoOwnSVID = errors.New("waiting for the proxy's own SVID from the Workload API")
