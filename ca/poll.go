@@ -10,57 +10,10 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
-	"github.com/ztunnel-go/ztunnel/internal/backoff"
 )
 
 // maxSleep bounds how long a timer trusts the wall clock to run evenly.
 const maxSleep = 30 * time.Second
-
-// PollConfig says how [Poll] asks. The zero value of a field means its default.
-type PollConfig struct {
-	// Concurrency is the number of requests at one time. Default 8.
-	Concurrency int
-	// Timeout bounds one request. Default 10 s.
-	Timeout time.Duration
-	// RenewSpread is the share of a certificate's life over which renewals are
-	// spread, from its half on: the default 0.1 renews between 50 % and 60 %.
-	// No renewal comes before half-life, and nodes that started together drift
-	// apart. Negative means exactly at half-life; at most 0.4.
-	RenewSpread float64
-	// Floor is the least time between a success and the next request for the
-	// same identity, for certificates that arrive past their half-life.
-	// Default 10 ms; a tenth of the remaining life if that is more.
-	Floor time.Duration
-	// Backoff spaces out the retries of one identity. Default: 1, 2, 4 … 150 s,
-	// ±20 %, and exactly 150 s after 15 minutes.
-	Backoff backoff.Policy
-	// AnyID accepts a certificate of another identity than the requested one:
-	// in dedicated mode the Istio CA alone decides who we are. The [Manager] then
-	// does so too, for this provider and no other.
-	AnyID bool
-	// Validation overrides the mode in which issued certificates are judged.
-	Validation Validation
-	// Observe, if not nil, is told of each finished request; err is nil for a
-	// success. It must not block.
-	Observe func(err error, took time.Duration)
-	// Logger; nil discards.
-	Logger *slog.Logger
-}
-
-// RootWatcher is an optional interface of a [Fetcher] that knows anchors
-// before its first answer. WatchRoots reports them, and every change, from one
-// goroutine, until ctx ends, which it does with the first answer at the latest.
-type RootWatcher interface {
-	WatchRoots(ctx context.Context, update func(*Bundles)) error
-}
-
-// Disconnecter is an optional interface of a [Fetcher] that keeps something open
-// between requests, such as a connection. Disconnect closes it. It is called at
-// the end of each Run, when no Fetch runs; the next Run may fetch again.
-type Disconnecter interface {
-	Disconnect()
-}
 
 // priority orders requests: renewals give way to new identities, and those to
 // identities for which a connection waits.
@@ -80,22 +33,7 @@ const (
 // Requests are made while Run runs. The returned provider also has
 // Hurry(Key), by which a waiting connection overtakes warm-up and renewal.
 func Poll(name string, f Fetcher, cfg PollConfig) Provider {
-	if cfg.Concurrency <= 0 {
-		cfg.Concurrency = 8
-	}
-	if cfg.Timeout <= 0 {
-		cfg.Timeout = 10 * time.Second
-	}
-	if cfg.RenewSpread == 0 {
-		cfg.RenewSpread = 0.1
-	}
-	cfg.RenewSpread = min(max(cfg.RenewSpread, 0), 0.4)
-	if cfg.Floor <= 0 {
-		cfg.Floor = 10 * time.Millisecond
-	}
-	if cfg.Logger == nil {
-		cfg.Logger = slog.New(slog.DiscardHandler)
-	}
+	cfg.setDefaults()
 	return &poll{
 		name:         name,
 		fetcher:      f,
@@ -103,7 +41,7 @@ func Poll(name string, f Fetcher, cfg PollConfig) Provider {
 		log:          cfg.Logger.With("component", "ca", "provider", name),
 		wake:         make(chan struct{}, 1),
 		entries:      make(map[spiffeid.ID]*entry),
-		retries:      make(map[spiffeid.ID]*backoff.Sequence),
+		retries:      make(map[spiffeid.ID]*retries),
 		rootsChanged: make(chan struct{}),
 	}
 }
@@ -117,7 +55,7 @@ type poll struct {
 
 	mu           sync.Mutex // guards what follows, and the entries
 	entries      map[spiffeid.ID]*entry
-	retries      map[spiffeid.ID]*backoff.Sequence // survives the entry
+	retries      map[spiffeid.ID]*retries // survive the entry
 	running      int
 	seq          uint64
 	roots        *Bundles // of the latest answer
@@ -210,8 +148,15 @@ func (e *entry) before(o *entry) bool {
 func (p *poll) request(ctx context.Context, e *entry) {
 	start := time.Now()
 	svid, err := p.fetch(ctx, e.id)
+	took := time.Since(start)
+	p.mu.Lock()
+	p.running--
+	p.mu.Unlock()
+	if err == nil {
+		err = p.accept(ctx, e.id, svid)
+	}
 	if ctx.Err() == nil && p.cfg.Observe != nil {
-		p.cfg.Observe(err, time.Since(start))
+		p.cfg.Observe(err, took)
 	}
 	report := p.finished(ctx, e, svid, err)
 	if report != nil {
@@ -224,7 +169,6 @@ func (p *poll) request(ctx context.Context, e *entry) {
 func (p *poll) finished(ctx context.Context, e *entry, svid *SVID, err error) (report func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.running--
 	e.inflight = false
 	switch {
 	case e.watchers == 0:
@@ -242,15 +186,29 @@ func (p *poll) fetch(ctx context.Context, id spiffeid.ID) (*SVID, error) {
 	rctx, cancel := context.WithTimeout(ctx, p.cfg.Timeout)
 	defer cancel()
 	svid, err := p.fetcher.Fetch(rctx, id)
-	if err == nil {
-		err = svid.check(id, p.cfg.AnyID, p.cfg.Validation, time.Now())
-	} else if errors.Is(rctx.Err(), context.DeadlineExceeded) && ctx.Err() == nil {
+	if err != nil && errors.Is(rctx.Err(), context.DeadlineExceeded) && ctx.Err() == nil {
 		err = fmt.Errorf("no certificate within %v: %w", p.cfg.Timeout, err)
 	}
-	if err != nil {
-		return nil, err
+	return svid, err
+}
+
+// accept judges an answer. It holds back one that is not valid yet because the
+// backend's clock is ahead of ours; no slot is taken meanwhile.
+func (p *poll) accept(ctx context.Context, id spiffeid.ID, svid *SVID) error {
+	if svid != nil {
+		if early := time.Until(svid.NotBefore); early > 0 && early <= p.cfg.Skew {
+			p.poke() // for the slot
+			p.log.DebugContext(ctx, "the certificate is not valid yet: compare the clocks of this node and of the CA", "identity", id, "early", early)
+			timer := time.NewTimer(early)
+			defer timer.Stop()
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-timer.C:
+			}
+		}
 	}
-	return svid, nil
+	return svid.check(id, p.cfg.AnyID, p.cfg.Validation, time.Now())
 }
 
 // succeeded is called with the lock held.
@@ -259,9 +217,13 @@ func (p *poll) succeeded(ctx context.Context, e *entry, svid *SVID) (report func
 	now := time.Now()
 	spread := max(p.cfg.RenewSpread, 0) * rand.Float64()
 	at := renewAt(svid.NotBefore, svid.NotAfter, 0.5+spread)
-	floor := now.Add(max(p.cfg.Floor, svid.NotAfter.Sub(now)/10))
-	if at.Before(floor) {
+	if floor := now.Add(max(p.cfg.Floor, svid.NotAfter.Sub(now)/10)); at.Before(floor) {
 		at = floor
+	}
+	if p.cfg.Ceiling > 0 {
+		if latest := now.Add(time.Duration(float64(p.cfg.Ceiling) * (1 - spread))); at.After(latest) {
+			at = latest
+		}
 	}
 	p.schedule(e, at)
 	p.publish(e, Event{State: Available, SVID: svid, Next: at})
@@ -276,12 +238,7 @@ func (p *poll) succeeded(ctx context.Context, e *entry, svid *SVID) (report func
 // failed is called with the lock held.
 func (p *poll) failed(ctx context.Context, e *entry, err error) (report func()) {
 	now := time.Now()
-	retry := p.retries[e.id]
-	if retry == nil {
-		retry = p.cfg.Backoff.New()
-		p.retries[e.id] = retry
-	}
-	delay := retry.Next(now)
+	delay := p.retryDelay(e.id, err, now)
 	at := now.Add(delay)
 	if old := e.event.SVID; e.event.State == Available && !old.expired(now) {
 		if at.After(old.NotAfter) {
@@ -377,17 +334,6 @@ func (p *poll) leave(e *entry) {
 		delete(p.entries, e.id)
 	}
 	p.pruneRetries()
-}
-
-// pruneRetries drops the counters of identities that nobody watches and whose
-// failures are long past. It is called with the lock held.
-func (p *poll) pruneRetries() {
-	const keep = time.Hour
-	for id, r := range p.retries {
-		if p.entries[id] == nil && time.Since(r.Started()) > keep {
-			delete(p.retries, id)
-		}
-	}
 }
 
 // WatchBundles reports the anchors of the latest answer, for whichever
