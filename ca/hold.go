@@ -85,7 +85,7 @@ func (h *hold) apply(ctx context.Context, ev Event) (hurry bool) {
 		}
 		h.own = ev.SVID
 		h.publishSVID()
-		h.m.poke() // the sweeper should know NotAfter
+		h.m.sweepBy(ev.SVID.NotAfter)
 	case Withdrawn:
 		h.own = nil
 		h.publish(&view{state: Withdrawn, err: orElse(ev.Err, ErrDenied)})

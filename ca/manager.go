@@ -50,6 +50,7 @@ type Manager struct {
 	stop      context.CancelCauseFunc
 	ctx       context.Context // of Run, nil before; it belongs to the manager as long as it runs
 	tasks     sync.WaitGroup  // watches and providers
+	sweepAt   time.Time       // when the sweeper looks at all holds again
 }
 
 // providerRun is one call of Provider.Run. It is guarded by the manager's lock.
@@ -251,7 +252,7 @@ func (m *Manager) leave(h *hold, linger bool) {
 	}
 	if linger && h.key.key.UID == "" && m.cfg.Linger > 0 {
 		h.until = time.Now().Add(m.cfg.Linger)
-		m.poke()
+		m.sweepBy(h.until)
 		return
 	}
 	m.drop(h)
@@ -313,6 +314,7 @@ func (m *Manager) sweepOnce(now time.Time) time.Duration {
 			m.drop(h)
 		}
 	}
+	m.sweepAt = now.Add(sleep)
 	return sleep
 }
 
@@ -353,6 +355,16 @@ func (m *Manager) followMove(ctx context.Context, now time.Time) {
 	}
 	m.mu.Unlock()
 	report()
+}
+
+// sweepBy has the sweeper look at t at the latest. Looking costs a step for each
+// hold: it is woken only when it would come too late, or follows a move. It is
+// called with the lock held.
+func (m *Manager) sweepBy(t time.Time) {
+	if t.Before(m.sweepAt) || !m.moved.IsZero() {
+		m.sweepAt = t
+		m.poke()
+	}
 }
 
 func (m *Manager) poke() {

@@ -55,6 +55,7 @@ type poll struct {
 
 	mu           sync.Mutex // guards what follows, and the entries
 	entries      map[spiffeid.ID]*entry
+	queue        queue                    // of the entries that are not in flight
 	retries      map[spiffeid.ID]*retries // survive the entry
 	running      int
 	seq          uint64
@@ -72,6 +73,8 @@ type entry struct {
 	seq      uint64 // breaks ties of due
 	event    Event
 	changed  chan struct{} // closed and replaced with each event
+	queued   *entryHeap    // nil while it is in flight
+	index    int           // in queued
 }
 
 func (p *poll) Name() string { return p.name }
@@ -107,42 +110,17 @@ func (p *poll) dispatch(ctx context.Context, requests *sync.WaitGroup) time.Dura
 	defer p.mu.Unlock()
 	for {
 		now := time.Now()
-		best, sleep := p.next(now)
-		if best == nil || p.running >= p.cfg.Concurrency || ctx.Err() != nil {
-			return sleep
+		if p.running >= p.cfg.Concurrency || ctx.Err() != nil {
+			return maxSleep // the end of a request wakes us
+		}
+		e := p.queue.next(now)
+		if e == nil {
+			return p.queue.wait(now)
 		}
 		p.running++
-		best.inflight = true
-		requests.Go(func() { p.request(ctx, best) })
+		e.inflight = true
+		requests.Go(func() { p.request(ctx, e) })
 	}
-}
-
-// next is the entry to request now, if any, and the time until another is due.
-func (p *poll) next(now time.Time) (best *entry, sleep time.Duration) {
-	sleep = maxSleep
-	for _, e := range p.entries {
-		if e.inflight || e.watchers == 0 {
-			continue
-		}
-		if wait := e.due.Sub(now); wait > 0 {
-			sleep = min(sleep, wait)
-			continue
-		}
-		if best == nil || e.before(best) {
-			best = e
-		}
-	}
-	return best, sleep
-}
-
-func (e *entry) before(o *entry) bool {
-	if e.pri != o.pri {
-		return e.pri > o.pri
-	}
-	if c := e.due.Compare(o.due); c != 0 {
-		return c < 0
-	}
-	return e.seq < o.seq
 }
 
 func (p *poll) request(ctx context.Context, e *entry) {
@@ -175,6 +153,7 @@ func (p *poll) finished(ctx context.Context, e *entry, svid *SVID, err error) (r
 		delete(p.entries, e.id)
 		return nil
 	case ctx.Err() != nil: // we are stopping: this says nothing about the backend
+		p.queue.add(e, time.Now())
 		return nil
 	case err != nil:
 		return p.failed(ctx, e, err)
@@ -262,6 +241,7 @@ func (p *poll) failed(ctx context.Context, e *entry, err error) (report func()) 
 func (p *poll) schedule(e *entry, at time.Time) {
 	p.seq++
 	e.pri, e.due, e.seq = background, at, p.seq
+	p.queue.add(e, time.Now())
 }
 
 func (p *poll) publish(e *entry, ev Event) {
@@ -276,7 +256,10 @@ func (p *poll) Hurry(k Key) {
 	p.mu.Lock()
 	e := p.entries[k.ID]
 	if e != nil && e.event.State == Pending && !e.inflight && e.pri < realTime {
-		e.pri, e.due = realTime, time.Now()
+		now := time.Now()
+		p.queue.remove(e)
+		e.pri, e.due = realTime, now
+		p.queue.add(e, now)
 	}
 	p.mu.Unlock()
 	p.poke()
@@ -315,6 +298,7 @@ func (p *poll) join(id spiffeid.ID) *entry {
 		p.seq++
 		e = &entry{id: id, pri: warmup, due: time.Now(), seq: p.seq, changed: make(chan struct{})}
 		p.entries[id] = e
+		p.queue.add(e, e.due)
 	}
 	e.watchers++
 	return e
@@ -329,8 +313,10 @@ func (p *poll) leave(e *entry) {
 		return
 	}
 	e.event = Event{}
-	e.pri, e.due = warmup, time.Now()
-	if !e.inflight {
+	if e.inflight {
+		e.pri, e.due = warmup, time.Now()
+	} else {
+		p.queue.remove(e)
 		delete(p.entries, e.id)
 	}
 	p.pruneRetries()

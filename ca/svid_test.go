@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -195,36 +194,4 @@ func names(b *ca.Bundles) (list []string) {
 		list = append(list, td.Name())
 	}
 	return list
-}
-
-// BenchmarkLeaseSVID must not allocate.
-func BenchmarkLeaseSVID(b *testing.B) {
-	p := catest.NewProvider("fake")
-	m := ca.NewManager(catest.Fixed{p}, ca.ManagerConfig{})
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- m.Run(ctx) }()
-	ref := ca.WorkloadRef{ID: web}
-	p.Set(p.Key(ref), available(catest.NewCA(b, "td.test").SVID(b, web, catest.Life(time.Hour))))
-	l := m.Acquire(ref)
-	if _, err := l.SVID(ctx); err != nil {
-		b.Fatal(err)
-	}
-	if n := testing.AllocsPerRun(100, func() {
-		if _, err := l.SVID(ctx); err != nil {
-			b.Error(err)
-		}
-	}); n != 0 {
-		b.Errorf("%v allocations, want none", n)
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := l.SVID(ctx); err != nil {
-			b.Fatal(err)
-		}
-	}
-	cancel()
-	if err := <-done; err != nil {
-		b.Error(err)
-	}
 }
