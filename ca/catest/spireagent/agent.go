@@ -9,6 +9,7 @@ package spireagent
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"slices"
@@ -160,7 +161,7 @@ func (a *Agent) Start() {
 		for _, l := range listeners {
 			server := e.server
 			e.serving.Go(func() {
-				if err := server.Serve(l); err != nil {
+				if err := server.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 					a.tb.Errorf("fake agent: serve the %s socket: %v", e.name, err)
 				}
 			})
