@@ -129,8 +129,8 @@ func (d *delegated) openSVIDs(ctx context.Context, conn *grpc.ClientConn, reques
 	}
 	return func() (*answer, error) {
 		message, err := recv.Recv()
-		if err == nil {
-			err = guard() // the agent may have attested the successor of a process that ended
+		if gone := guard(); gone != nil {
+			return nil, gone // the agent may have attested the successor of a process that ended
 		}
 		if err != nil {
 			return nil, err

@@ -29,8 +29,8 @@ func equalNames(got []string, want ...string) bool { return slices.Equal(got, wa
 // entry federates with, and no others that the agent knows (R29, R30, design D2).
 func TestFederationPerWorkload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w1, e1 := workload(1)
-		w2, e2 := workload(2)
+		w1, e1 := numbered(1)
+		w2, e2 := numbered(2)
 		e1.FederatesWith = []string{"friend.example", "unknown.example"}
 		w := newWorld(t, DelegatedConfig{}, e1, e2)
 		friend, other := catest.NewCA(t, "friend.example"), catest.NewCA(t, "other.example")
@@ -105,7 +105,7 @@ func TestFederationPerWorkload(t *testing.T) {
 func TestFault_111_RemovedFederation(t *testing.T) {
 	const friend = "friend.example"
 	start := func(t *testing.T) (*world, *events, spireagent.Entry) {
-		wl, entry := workload(1)
+		wl, entry := numbered(1)
 		entry.FederatesWith = []string{friend}
 		w := newWorld(t, DelegatedConfig{Resync: 10 * time.Minute}, entry)
 		w.agent.Federate(friend, catest.NewCA(t, friend))
@@ -136,14 +136,14 @@ func TestFault_111_RemovedFederation(t *testing.T) {
 	t.Run("hint", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			w, e, _ := start(t)
-			other, entry := workload(2)
+			other, entry := numbered(2)
 			entry.FederatesWith = []string{friend}
 			w.agent.AddEntry(entry)
 			e2 := watch(t, w.provider, other)
 			pass(time.Second)
 			w.agent.Defederate(friend)
 			entry.FederatesWith = nil
-			_, first := workload(1)
+			_, first := numbered(1)
 			first.FederatesWith = []string{friend}
 			w.agent.SetEntries(first, entry)
 			pass(2 * time.Second)
@@ -159,7 +159,7 @@ func TestFault_111_RemovedFederation(t *testing.T) {
 			var entries []spireagent.Entry
 			var refs []ca.WorkloadRef
 			for i := range 50 {
-				ref, entry := workload(i)
+				ref, entry := numbered(i)
 				entry.FederatesWith = []string{friend}
 				entries, refs = append(entries, entry), append(refs, ref)
 			}
@@ -187,7 +187,7 @@ func TestFault_111_RemovedFederation(t *testing.T) {
 // TestRedacted: with an agent without the bug a bundle goes with its message.
 func TestRedacted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		wl, entry := workload(1)
+		wl, entry := numbered(1)
 		entry.FederatesWith = []string{"friend.example"}
 		w := newWorld(t, DelegatedConfig{}, entry)
 		w.agent.Redact(true)
@@ -236,7 +236,7 @@ func TestBundleRotation(t *testing.T) {
 		var entries []spireagent.Entry
 		var refs []ca.WorkloadRef
 		for i := range n {
-			ref, entry := workload(i)
+			ref, entry := numbered(i)
 			entries, refs = append(entries, entry), append(refs, ref)
 		}
 		w := newWorld(t, DelegatedConfig{Resync: time.Hour}, entries...)

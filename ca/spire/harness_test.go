@@ -158,8 +158,8 @@ func pass(d time.Duration) {
 	synctest.Wait()
 }
 
-// workload is one of many, with its entry.
-func workload(i int) (ca.WorkloadRef, spireagent.Entry) {
+// numbered is one workload of many, with its entry.
+func numbered(i int) (ca.WorkloadRef, spireagent.Entry) {
 	w := web
 	w.UID, w.Pod = fmt.Sprintf("uid-%d", i), fmt.Sprintf("web-%d", i)
 	return w, spireagent.Entry{ID: webText, Selectors: []string{"k8s:pod-uid:" + w.UID}}
