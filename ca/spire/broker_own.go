@@ -28,10 +28,8 @@ type ownSVID struct {
 }
 
 func newOwnSVID(api *workloadAPI, want spiffeid.ID) *ownSVID {
-	return &ownSVID{api: api, want: want, err: errNoOwnAnswer, changed: make(chan struct{})}
+	return &ownSVID{api: api, want: want, err: errEarly, changed: make(chan struct{})}
 }
-
-var errNoOwnAnswer = errors.New("the Workload API has not answered yet")
 
 // follow keeps the SVID current until ctx ends.
 func (o *ownSVID) follow(ctx context.Context) {
@@ -101,8 +99,6 @@ func (o *ownSVID) ready() (<-chan struct{}, error) {
 // look is called with the lock held.
 func (o *ownSVID) look() (*ca.SVID, error) {
 	switch {
-	case o.svid == nil && o.err == nil:
-		return nil, fmt.Errorf("%w: %w", errNoOwnSVID, errNoOwnAnswer)
 	case o.svid == nil:
 		return nil, fmt.Errorf("%w: %w", errNoOwnSVID, o.err)
 	case time.Now().Before(o.svid.NotAfter):

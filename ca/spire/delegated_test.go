@@ -28,7 +28,13 @@ var impostor = spireagent.Tamper{SVIDs: func(m *delegatedv1.SubscribeToX509SVIDs
 }}
 
 func TestProviderConformance(t *testing.T) {
-	catest.TestProvider(t, catest.Harness{
+	t.Run("delegated", func(t *testing.T) { catest.TestProvider(t, delegatedHarness()) })
+	t.Run("broker", func(t *testing.T) { catest.TestProvider(t, brokerHarness()) })
+	t.Run("workload", func(t *testing.T) { catest.TestProvider(t, workloadHarness()) })
+}
+
+func delegatedHarness() catest.Harness {
+	return catest.Harness{
 		Impersonates: true, Streams: true, Denies: true, Withdraws: true,
 		Start: func(t *testing.T) *catest.Backend {
 			agent := spireagent.New(t, spireagent.Config{})
@@ -61,5 +67,5 @@ func TestProviderConformance(t *testing.T) {
 				Traffic: func() int { return agent.Opened(spireagent.SubscribeToX509SVIDs) },
 			}
 		},
-	})
+	}
 }

@@ -36,7 +36,7 @@ type stream[T any] struct {
 	// other error is the end of the stream.
 	open func(ctx context.Context, conn *grpc.ClientConn) (recv func() (T, error), err error)
 	// ready, if not nil, says what is missing to open the stream, which then waits
-	// until changed is closed.
+	// until changed is closed. Nothing is broken while it is errEarly.
 	ready func() (changed <-chan struct{}, err error)
 	// explain gives an error of the stream its class, and says what to do.
 	explain func(error) error
@@ -51,6 +51,9 @@ type stream[T any] struct {
 	// is missing for it; or a message was rejected, with none.
 	broken func(err error, next time.Time)
 }
+
+// errEarly is what is missing when nobody has said yet that it is.
+var errEarly = errors.New("there is no answer yet")
 
 // errRenew ends a stream that nothing is wrong with.
 var errRenew = errors.New("the stream is renewed")
@@ -99,7 +102,9 @@ func (s *stream[T]) await(ctx context.Context) bool {
 		if err == nil {
 			return true
 		}
-		s.broken(err, time.Time{})
+		if !errors.Is(err, errEarly) {
+			s.broken(err, time.Time{})
+		}
 		select {
 		case <-changed:
 		case <-ctx.Done():

@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	workloadapi "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -104,7 +104,7 @@ func (a *workloadAPI) watch(ctx context.Context, want spiffeid.ID, update func(c
 func (a *workloadAPI) open(ctx context.Context, conn *grpc.ClientConn, want spiffeid.ID) (func() (*answer, error), error) {
 	// SPIFFE Workload Endpoint §3 (R38): no request without it.
 	ctx = metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
-	recv, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+	recv, err := workloadapi.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadapi.X509SVIDRequest{})
 	if err != nil {
 		return nil, err
 	}

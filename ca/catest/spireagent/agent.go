@@ -34,6 +34,10 @@ type Config struct {
 	// AdminSocket is the path where the Delegated Identity API is served, beside
 	// the connections of [Agent.Dial]. Default: nowhere.
 	AdminSocket string
+	// WorkloadSocket is that of the Workload API, beside [Agent.DialWorkload], and
+	// BrokerSocket that of the broker endpoint, beside [Agent.DialBroker]. Default:
+	// nowhere.
+	WorkloadSocket, BrokerSocket string
 }
 
 // Entry is a registration entry.
@@ -54,6 +58,8 @@ type Request struct {
 	Method    string // the last part of its full name
 	Selectors []string
 	PID       int32
+	// Of the Broker API: who asked, with which type of reference, and the pod.
+	Caller, Reference, Pod, UID string
 }
 
 // Agent is the fake. It serves after [New], until its test ends. The setters may
@@ -69,6 +75,8 @@ type Agent struct {
 	changed chan struct{} // closed and replaced when anything changes
 	authority
 	faults
+	proxy    proxy
+	broker   brokering
 	entries  []*entry
 	requests []Request
 	messages int
@@ -104,6 +112,8 @@ func New(tb testing.TB, cfg Config) *Agent {
 	a.federated = make(map[string][]byte)
 	a.endpoints = []*endpoint{
 		{name: admin, path: cfg.AdminSocket, register: a.registerDelegated},
+		{name: workloadName, path: cfg.WorkloadSocket, register: a.registerWorkload},
+		{name: brokerName, path: cfg.BrokerSocket, register: a.registerBroker, options: a.brokerOptions},
 	}
 	a.Start()
 	tb.Cleanup(a.Stop)
