@@ -79,17 +79,15 @@ func (w *caConfigWatch) check(ctx context.Context) {
 	if err != nil {
 		outcome = "error"
 	}
+	if last := w.lastError(); err == nil || last == nil || last.Error() != err.Error() { // said before, otherwise
+		w.loads.WithLabelValues(outcome).Inc()
+		if err != nil {
+			w.log.WarnContext(ctx, "CA_CONFIG not loaded, the last good one stays; ztunnel ca validate checks a file", "path", w.cfg.CA.ConfigFile, "error", err)
+		}
+	}
 	w.mu.Lock()
-	last := w.err
+	defer w.mu.Unlock()
 	w.err = err
-	w.mu.Unlock()
-	if err != nil && last != nil && last.Error() == err.Error() {
-		return // said before
-	}
-	w.loads.WithLabelValues(outcome).Inc()
-	if err != nil {
-		w.log.WarnContext(ctx, "CA_CONFIG not loaded, the last good one stays; ztunnel ca validate checks a file", "path", w.cfg.CA.ConfigFile, "error", err)
-	}
 }
 
 // load reads the file and replaces what has changed.

@@ -22,11 +22,17 @@ type caFile struct {
 	routes  []router.Rule
 }
 
-// caEntry is one provider of the file, and the lines of the settings that the
-// file gives it.
+// caEntry is one provider of the file, and the settings that the file gives it,
+// by key.
 type caEntry struct {
 	ProviderConfig
-	lines map[string]int
+	given map[string]caGiven
+}
+
+// caGiven is a setting as the file has it, fit to be shown.
+type caGiven struct {
+	line int
+	text string
 }
 
 func (f *caFile) configs() []ProviderConfig {
@@ -164,8 +170,10 @@ func kindOf(n *yaml.Node) string {
 		return "a string"
 	case n.Tag == "!!bool":
 		return "a bool"
+	case n.Tag == "!!int", n.Tag == "!!float":
+		return "a number"
 	}
-	return "a number"
+	return "something else (" + n.Tag + ")"
 }
 
 // str takes a string. That it is none is reported.
@@ -215,7 +223,7 @@ func (d *caDecoder) provider(n *yaml.Node, path string) (e caEntry, ok bool) {
 	if n.Kind != yaml.MappingNode {
 		return e, false
 	}
-	e = caEntry{ProviderConfig: ProviderConfig{ProviderSettings: d.base.CA.ProviderSettings}, lines: map[string]int{}}
+	e = caEntry{ProviderConfig: ProviderConfig{ProviderSettings: d.base.CA.ProviderSettings}, given: map[string]caGiven{}}
 	for _, p := range pairs {
 		switch p.key.Value {
 		case "name":
@@ -283,7 +291,7 @@ func (d *caDecoder) setting(p caPair, path string, e *caEntry) {
 	}
 	k := keys[i]
 	path = at(path, k.name)
-	e.lines[k.name] = p.key.Line
+	e.given[k.name] = caGiven{p.key.Line, k.show(p.value)}
 	switch {
 	case k.row == "":
 		d.roots(p.value, path, e)
@@ -294,6 +302,28 @@ func (d *caDecoder) setting(p caPair, path string, e *caEntry) {
 	default:
 		d.scalar(k, p.value, path, e)
 	}
+}
+
+// show is the value of a setting without its secrets.
+func (k providerKey) show(n *yaml.Node) string {
+	if k.row != "" && variableOf(k.row).secret {
+		return redacted
+	}
+	if n.Kind == yaml.ScalarNode {
+		return n.Value
+	}
+	var parts []string
+	for i, c := range n.Content {
+		switch {
+		case n.Kind == yaml.SequenceNode:
+			parts = append(parts, c.Value)
+		case i%2 == 0 && sensitive(c.Value):
+			parts = append(parts, c.Value+"="+redacted)
+		case i%2 == 0:
+			parts = append(parts, c.Value+"="+n.Content[i+1].Value)
+		}
+	}
+	return strings.Join(parts, ",")
 }
 
 // scalar sets what one row of the table means. A duration may be a number.
@@ -316,7 +346,7 @@ func (d *caDecoder) apply(row variable, v value, n *yaml.Node, path string, e *c
 	l := &loader{cfg: &scratch, readFile: d.readFile}
 	if err := row.set(l, v); err != nil {
 		shown := strconv.Quote(v.text)
-		if row.secret || sensitive(v.name) || errors.Is(err, errUserinfo) {
+		if row.secret || row.prefix && sensitive(v.name) || errors.Is(err, errUserinfo) {
 			shown = redacted
 		}
 		d.fail(n, path, "%s: %w", shown, err)

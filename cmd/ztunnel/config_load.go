@@ -43,6 +43,7 @@ type loader struct {
 	spire     bool             // SPIRE_ENABLED
 	providers []string         // CA_PROVIDER, canonical names; nil = invalid
 	routes    []router.Rule    // CA_ROUTES
+	caFile    *caFile          // CA_CONFIG, nil without or when it is invalid
 	adminPort uint16
 	statsPort uint16
 }

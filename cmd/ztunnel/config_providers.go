@@ -202,12 +202,11 @@ func (l *loader) providersFromFile() {
 		l.problem(file, false, err)
 		return
 	}
-	list, err := parseCAFile(c, b, l.readFile)
-	if err != nil {
+	if l.caFile, err = parseCAFile(c, b, l.readFile); err != nil {
 		l.problems = append(l.problems, unjoin(err)...)
 		return
 	}
-	c.CA.Providers, c.CA.Routes = list.configs(), list.routes
+	c.CA.Providers, c.CA.Routes = l.caFile.configs(), l.caFile.routes
 	l.show("CA_PROVIDER", strings.Join(c.CA.names(), ","), c.CA.ConfigFile)
 }
 

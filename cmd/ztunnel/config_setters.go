@@ -185,6 +185,7 @@ func setRoot(field func(*Config) *RootCert) func(*loader, value) error {
 }
 
 func setToken(l *loader, v value) error {
+	l.cfg.CA.Token = TokenSource{}
 	switch {
 	case !v.set && l.exists(defaultTokenFile):
 		l.cfg.CA.Token.File = defaultTokenFile

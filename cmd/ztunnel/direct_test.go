@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -90,10 +91,10 @@ func directConfig(t *testing.T, workload, nodeName string, env ...string) *Confi
 	if err := os.WriteFile(world, fmt.Appendf(nil, directWorld, nodeName), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cfg, _, err := Load(append([]string{
-		"PROXY_MODE=dedicated", "PROXY_WORKLOAD_INFO=default/" + workload + "/default", "NODE_NAME=" + nodeName,
-		"XDS_ADDRESS=", "LOCAL_XDS_PATH=" + world, "CA_PROVIDER=local", "LOG_FORMAT=json",
-	}, env...), os.ReadFile)
+	cfg, _, err := Load(append(slices.Clone(env), // the first wins
+		"PROXY_MODE=dedicated", "PROXY_WORKLOAD_INFO=default/"+workload+"/default", "NODE_NAME="+nodeName,
+		"XDS_ADDRESS=", "LOCAL_XDS_PATH="+world, "CA_PROVIDER=local", "LOG_FORMAT=json",
+	), os.ReadFile)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,6 +103,8 @@ func directConfig(t *testing.T, workload, nodeName string, env ...string) *Confi
 	return cfg
 }
 
+// newDirectNode makes a node whose certificates are of root, or of the real
+// providers without one.
 func newDirectNode(t *testing.T, cfg *Config, network netns.Network, root *local.CA) (*node, *syncBuffer) {
 	t.Helper()
 	logs := new(syncBuffer)
@@ -109,7 +112,11 @@ func newDirectNode(t *testing.T, cfg *Config, network netns.Network, root *local
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := newNode(cfg, nodeParts{network: network, backends: embedded(root), log: log})
+	parts := nodeParts{network: network, log: log}
+	if root != nil {
+		parts.backends = embedded(root)
+	}
+	n, err := newNode(cfg, parts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,10 +130,15 @@ func startDirect(t *testing.T, nodeName string, env ...string) *direct {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return startNodes(t, root, directConfig(t, "local", nodeName, env...), directConfig(t, "hbone", nodeName, env...))
+}
+
+func startNodes(t *testing.T, root *local.CA, client, server *Config) *direct {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), directPatience)
 	d := &direct{t: t, ctx: ctx, fabric: loopback.New()}
-	d.client = d.start(directConfig(t, "local", nodeName, env...), directClient, root)
-	d.server = d.start(directConfig(t, "hbone", nodeName, env...), directHBONE.Addr(), root)
+	d.client = d.start(client, directClient, root)
+	d.server = d.start(server, directHBONE.Addr(), root)
 	d.app = d.fabric.Host(directClient).App()
 	t.Cleanup(func() {
 		cancel()
