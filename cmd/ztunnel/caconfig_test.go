@@ -127,13 +127,18 @@ func TestLiveMove(t *testing.T) {
 	client.list("old", "new")
 	server.list("old", "new")
 	env := func(c *twoCAs) []string { return []string{"CA_PROVIDER=istio", "CA_CONFIG=" + c.path} }
-	d := startNodes(t, nil, directConfig(t, "local", "n", env(client)...), directConfig(t, "hbone", "n", env(server)...))
+	const patience = 2 * time.Minute
+	d := startNodes(t, patience, nil, directConfig(t, "local", "n", env(client)...), directConfig(t, "hbone", "n", env(server)...))
 	talk := &chatter{end: make(chan struct{})}
 	defer talk.stop(t)
 	add := func(n int) {
 		t.Helper()
 		for range n {
-			talk.talk(d.open(directHBONE))
+			c := d.open(directHBONE)
+			if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+				t.Fatal(err)
+			}
+			talk.talk(c)
 		}
 	}
 	goOn := func() { // every connection has had a chance to fail

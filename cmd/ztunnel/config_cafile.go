@@ -244,7 +244,7 @@ func (d *caDecoder) provider(n *yaml.Node, path string) (e caEntry, ok bool) {
 		}
 	}
 	if len(d.problems) == before {
-		for _, err := range e.incomplete(d.base.Proxy.WorkloadPID, func(row string) string { return keyOf(e.Type, row) + " (" + row + ")" }) {
+		for _, err := range e.incomplete(d.base.Proxy, func(row string) string { return keyOf(e.Type, row) + " (" + row + ")" }) {
 			d.fail(n, path, "%w", err)
 		}
 	}

@@ -25,7 +25,7 @@ func rootPEM(t *testing.T) string {
 
 func TestProviderAliases(t *testing.T) {
 	for env, want := range map[string]string{
-		"CA_PROVIDER=istio_ca,spiffe_broker;SPIFFE_BROKER_SOCKET=/b;SPIFFE_ENDPOINT_SOCKET=/w": "istio,spire-broker",
+		"CA_PROVIDER=istio_ca,spiffe_broker;SPIFFE_BROKER_SOCKET=/b;SPIFFE_ENDPOINT_SOCKET=/w;POD_UID=u": "istio,spire-broker",
 		"-CA_PROVIDER;SPIRE_ENABLED=true":              "spire-delegated",
 		"-CA_PROVIDER;USE_SPIRE=true":                  "spire-delegated",
 		"-CA_PROVIDER;FAKE_CA=true":                    "local",
@@ -74,7 +74,7 @@ routes:
 - {trustDomain: old.example, provider: istio-old}
 - {provider: istio}
 `
-	c := mustParse(t, with("-CA_PROVIDER", "CA_CONFIG=/ca.yaml", "CA_ADDRESS=https://new:15012", "SECRET_TTL=2h", "CA_HEADER_Z=z",
+	c := mustParse(t, with("-CA_PROVIDER", "CA_CONFIG=/ca.yaml", "POD_UID=u", "CA_ADDRESS=https://new:15012", "SECRET_TTL=2h", "CA_HEADER_Z=z",
 		"CA_CERT_SIGNER=signer", "AUTH_TOKEN=/token", "CA_LOCAL_DIR=/elsewhere", "SPIRE_TIMEOUT=7s", "SPIFFE_BROKER_TIMEOUT=8s"),
 		map[string]string{"/ca.yaml": text, "/roots.pem": rootPEM(t), "/token": "x"})
 	if v, o := origin(c, "CA_PROVIDER"); v != "new,broker,spire-workload,istio,istio-old,here" || o != "/ca.yaml" {
@@ -163,6 +163,9 @@ var caErrors = []struct {
 	{"roots without certificates", "providers: [{name: istio, roots: /empty.pem}]", []string{`providers[0].roots: "/empty.pem": must be a file of certificates in PEM, and has none`}},
 	{"roots with a key", "providers: [{name: istio, roots: /key.pem}]", []string{`providers[0].roots: "/key.pem": PEM block 1 is no certificate`}},
 	{"broker without socket", "providers: [{name: spire-broker, workloadAPISocket: /w}]", []string{"providers[0]: socket (SPIFFE_BROKER_SOCKET) is not set"}},
+	{"broker by PID over the network", "providers: [{name: spire-broker, socket: 'tcp://a:1', workloadAPISocket: /w, attestation: pid}]", []string{
+		"providers[0]: socket (SPIFFE_BROKER_SOCKET) is on the network", "providers[0]: attestation (SPIFFE_BROKER_ATTESTATION)=pid needs PROXY_WORKLOAD_PID",
+	}},
 	{"workload without socket", "providers: [{name: spire-workload}]", []string{"providers[0]: endpointSocket (SPIFFE_ENDPOINT_SOCKET) is not set"}},
 	{"PID without a process", "providers: [{name: spire-delegated, reference: pid}]", []string{"providers[0]: reference (SPIRE_REFERENCE)=pid needs PROXY_WORKLOAD_PID"}},
 	{"alias", "providers: [&a {name: local}, *a]", []string{"providers[1]: got an alias, which is not supported here"}},
@@ -185,7 +188,7 @@ var caErrors = []struct {
 func TestCAFileErrors(t *testing.T) {
 	for _, tt := range caErrors {
 		t.Run(tt.name, func(t *testing.T) {
-			_, problems := parsed(t, with("-CA_PROVIDER", "CA_CONFIG=/ca.yaml"), map[string]string{
+			_, problems := parsed(t, with("-CA_PROVIDER", "CA_CONFIG=/ca.yaml", "POD_UID=u"), map[string]string{
 				"/ca.yaml": tt.text, "/empty.pem": "nothing", "/key.pem": "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
 			})
 			var lines []string

@@ -204,11 +204,6 @@ func (l *loader) refuseUnsupported() {
 	if c.Proxy.Mode == ModeShared {
 		refuse("PROXY_MODE", string(ModeShared), "shared mode is not supported by this build yet: set PROXY_MODE=dedicated and PROXY_WORKLOAD_INFO")
 	}
-	for _, p := range c.CA.Providers {
-		if backends[p.Type] == nil {
-			refuse("CA_PROVIDER", p.Type, "this build does not support the provider %s yet: set CA_PROVIDER=local", p.Type)
-		}
-	}
 	if c.XDS.Address != "" {
 		refuse("XDS_ADDRESS", c.XDS.Address, `xDS is not supported by this build yet: set XDS_ADDRESS="" and LOCAL_XDS_PATH`)
 	}

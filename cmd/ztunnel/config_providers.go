@@ -81,9 +81,9 @@ func (c *CAConfig) names() []string {
 	return names
 }
 
-// incomplete says what a provider lacks. setting names one of its settings as
-// the operator knows it.
-func (p ProviderConfig) incomplete(pid int, setting func(row string) string) []error {
+// incomplete says what a provider lacks of its own settings and of those of the
+// proxy. setting names one of its settings as the operator knows it.
+func (p ProviderConfig) incomplete(proxy ProxyConfig, setting func(row string) string) []error {
 	var problems []error
 	lacks := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 	byPID := false
@@ -102,12 +102,18 @@ func (p ProviderConfig) incomplete(pid int, setting func(row string) string) []e
 		if p.BrokerWorkloadAPI == "" && p.EndpointSocket == "" {
 			lacks("%s is not set, nor is SPIFFE_ENDPOINT_SOCKET: the provider spire-broker needs one of them", setting("SPIFFE_BROKER_WORKLOAD_API_SOCKET"))
 		}
+		if !byPID && proxy.Mode == ModeDedicated && proxy.PodUID == "" {
+			lacks("POD_UID is not set: the provider spire-broker needs it in dedicated mode, unless %s is pid", setting("SPIFFE_BROKER_ATTESTATION"))
+		}
+		if byPID && strings.HasPrefix(p.BrokerSocket, "tcp:") {
+			lacks("%s is on the network, where a PID means nothing: it must be a unix socket with %s=pid", setting("SPIFFE_BROKER_SOCKET"), setting("SPIFFE_BROKER_ATTESTATION"))
+		}
 	case providerSPIREWorkload:
 		if p.EndpointSocket == "" {
 			lacks("%s is not set: the provider spire-workload needs it", setting("SPIFFE_ENDPOINT_SOCKET"))
 		}
 	}
-	if byPID && pid == 0 {
+	if byPID && proxy.WorkloadPID == 0 {
 		row := "SPIRE_REFERENCE"
 		if p.Type == providerSPIREBroker {
 			row = "SPIFFE_BROKER_ATTESTATION"
@@ -140,7 +146,7 @@ func (l *loader) finishProviders() {
 	}
 	c.CA.Routes = l.routes
 	for _, p := range c.CA.Providers {
-		for _, err := range p.incomplete(c.Proxy.WorkloadPID, func(row string) string { return row }) {
+		for _, err := range p.incomplete(c.Proxy, func(row string) string { return row }) {
 			l.configProblem("%w", err)
 		}
 	}

@@ -130,12 +130,12 @@ func startDirect(t *testing.T, nodeName string, env ...string) *direct {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return startNodes(t, root, directConfig(t, "local", nodeName, env...), directConfig(t, "hbone", nodeName, env...))
+	return startNodes(t, directPatience, root, directConfig(t, "local", nodeName, env...), directConfig(t, "hbone", nodeName, env...))
 }
 
-func startNodes(t *testing.T, root *local.CA, client, server *Config) *direct {
+func startNodes(t *testing.T, patience time.Duration, root *local.CA, client, server *Config) *direct {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), directPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	d := &direct{t: t, ctx: ctx, fabric: loopback.New()}
 	d.client = d.start(client, directClient, root)
 	d.server = d.start(server, directHBONE.Addr(), root)

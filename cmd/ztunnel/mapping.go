@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -78,6 +79,20 @@ func delegatedConfig(cfg *Config, t trust, p ProviderConfig) spire.DelegatedConf
 	return spire.DelegatedConfig{
 		Common:      spire.Common{Name: p.Name, Socket: p.AdminSocket, Timeout: p.SPIRETimeout, WithdrawGrace: explicit(p.WithdrawGrace)},
 		TrustDomain: t.domain, Selectors: p.Selectors, Node: cfg.Proxy.Node, ByPID: p.ByPID, Resync: p.BundleResync,
+	}
+}
+
+func brokerConfig(p ProviderConfig) (spire.BrokerConfig, error) {
+	own, err := spiffeid.FromString(p.BrokerOwnID)
+	return spire.BrokerConfig{
+		Common:      spire.Common{Name: p.Name, Socket: p.BrokerSocket, Timeout: p.BrokerTimeout, WithdrawGrace: explicit(p.WithdrawGrace)},
+		WorkloadAPI: cmp.Or(p.BrokerWorkloadAPI, p.EndpointSocket), OwnID: own, ByPID: p.BrokerByPID,
+	}, err
+}
+
+func workloadConfig(p ProviderConfig) spire.WorkloadConfig {
+	return spire.WorkloadConfig{
+		Common: spire.Common{Name: p.Name, Socket: p.EndpointSocket, Timeout: p.SPIRETimeout, WithdrawGrace: explicit(p.WithdrawGrace)},
 	}
 }
 

@@ -20,7 +20,11 @@ func produced(t *testing.T, cfg *Config) string {
 	for _, p := range cfg.CA.Providers {
 		signer := istioConfig(cfg, trust, p)
 		signer.Poll.Logger = nil
-		providers = append(providers, p, signer, localCAConfig(trust, p), delegatedConfig(cfg, trust, p))
+		broker, err := brokerConfig(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		providers = append(providers, signer, localCAConfig(trust, p), delegatedConfig(cfg, trust, p), broker, workloadConfig(p))
 	}
 	return fmt.Sprintf("%+v\n", []any{
 		stateConfig(cfg), worldConfig(cfg), hboneConfig(cfg), queueLimit(cfg), dataPathConfig(cfg), metricsConfig(cfg), hostConfig(cfg),

@@ -45,6 +45,19 @@ var backends = map[string]backend{
 		c.Metrics, c.Logger = b.metrics, b.log
 		return spire.NewDelegated(c)
 	},
+	providerSPIREBroker: func(b providerParts, p ProviderConfig) (ca.Provider, error) {
+		c, err := brokerConfig(p)
+		if err != nil {
+			return nil, err
+		}
+		c.Metrics, c.Logger = b.metrics, b.log
+		return spire.NewBroker(c)
+	},
+	providerSPIREWorkload: func(b providerParts, p ProviderConfig) (ca.Provider, error) {
+		c := workloadConfig(p)
+		c.Metrics, c.Logger = b.metrics, b.log
+		return spire.NewWorkload(c)
+	},
 }
 
 // providerSet makes the listed providers, and keeps those whose settings stay as
