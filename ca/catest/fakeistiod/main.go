@@ -1,6 +1,6 @@
-// Command fakeistiod is a CA that speaks the protocol of istiod and
-// authenticates nobody. It is for interoperability tests: two implementations
-// of the mesh get certificates of one root.
+// Command fakeistiod is a CA that speaks the protocol of istiod and, without
+// --token, authenticates nobody. It is for interoperability tests: two
+// implementations of the mesh get certificates of one root.
 //
 //	fakeistiod --dir /tmp/ca --root-out /tmp/root.pem --listen 127.0.0.1:0
 //
@@ -55,6 +55,8 @@ func run(ctx context.Context, args []string) error {
 	domain := flags.String("trust-domain", "cluster.local", "trust domain `name`")
 	aliases := flags.String("aliases", "", "further trust domain `names`, separated by commas")
 	ttl := flags.Duration("ttl", 24*time.Hour, "`life` of certificates for which the request names none")
+	personality := flags.String("personality", "istiod", "whose `behaviour` it has: istiod, istio-csr or cilium")
+	token := flags.String("token", "", "bearer `token` that requests need; none lets everybody in")
 	identity := flags.String("default-identity", "", "SPIFFE `ID` for requests that name none")
 	flags.Var(&extra, "host", "further `name` or address of the server's certificate; may be repeated")
 	if err := flags.Parse(args); err != nil {
@@ -63,9 +65,12 @@ func run(ctx context.Context, args []string) error {
 	if flags.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	}
-	cfg := istiod.Config{Hosts: extra}
+	cfg := istiod.Config{Hosts: extra, Token: *token}
 	ca := local.Config{Dir: *dir, TTL: *ttl}
 	var err error
+	if cfg.Personality, err = istiod.ParsePersonality(*personality); err != nil {
+		return fmt.Errorf("--personality: %w", err)
+	}
 	if ca.TrustDomain, err = spiffeid.TrustDomainFromString(*domain); err != nil {
 		return fmt.Errorf("--trust-domain %q: %w", *domain, err)
 	}

@@ -43,6 +43,7 @@ func TestRunArguments(t *testing.T) {
 		{"--trust-domain TD", "--trust-domain"},
 		{"--aliases a,B", "--aliases"},
 		{"--default-identity x", "--default-identity"},
+		{"--personality vault", "istio-csr"},
 		{"--ttl 1ms", "certificate life"},
 		{"extra", "unexpected argument"},
 		{"--root-out /nonexistent/root.pem", "--root-out"},

@@ -1,8 +1,9 @@
 // Package istiod is a fake Istio CA: istio.v1.auth.IstioCertificateService over
-// TLS, with the embedded CA of ca/local behind it. It authenticates nobody: any
-// bearer token will do. It is for tests of our client, and for interoperability
-// tests, where another implementation gets its certificates from the root that
-// our side uses too.
+// TLS, with the embedded CA of ca/local behind it. It behaves as istiod, as
+// istio-csr or as the agent of Cilium does ([Personality]), and misbehaves as told
+// ([Reply]). Unless a token is set it authenticates nobody. It is for tests of our
+// client, and for interoperability tests, where another implementation gets its
+// certificates from the root that our side uses too.
 package istiod
 
 import (
@@ -15,8 +16,10 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -28,13 +31,8 @@ import (
 	"google.golang.org/grpc/status"
 	securityapi "istio.io/api/security/v1alpha1"
 
-	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/local"
 )
-
-// impersonated is the key of the request's metadata that names another
-// workload than the caller.
-const impersonated = "ImpersonatedIdentity"
 
 // Config configures a [Server].
 type Config struct {
@@ -44,6 +42,12 @@ type Config struct {
 	Hosts []string
 	// DefaultIdentity is issued to requests that name none. Zero refuses them.
 	DefaultIdentity spiffeid.ID
+	// Personality is whose behaviour it has. Default Istiod.
+	Personality Personality
+	// Token is the bearer token that every request needs, "" for none.
+	Token string
+	// Plaintext serves without TLS, as on a unix socket.
+	Plaintext bool
 }
 
 // Request is one request as the server saw it.
@@ -52,15 +56,21 @@ type Request struct {
 	Impersonated  bool // the identity came in the metadata
 	Authorization string
 	ClusterID     string
+	Headers       metadata.MD
+	Metadata      map[string]any // the field of the message; nil when it is absent
 	Validity      time.Duration
 	CSR           *x509.CertificateRequest
 }
 
 // Reply overrides what the server does with one request.
 type Reply struct {
-	Err      error       // a gRPC status
-	Chain    []string    // the answer as it is
-	Identity spiffeid.ID // issue this identity, not the requested one
+	Err      error         // a gRPC status
+	Chain    []string      // the answer as it is
+	Identity spiffeid.ID   // issue this identity, not the requested one
+	Delay    time.Duration // before anything else
+	Hang     bool          // send the headers, and nothing more until the client leaves
+	Break    bool          // send the headers, and close all connections
+	Sign     bool          // answer as without a Reply, after Delay
 }
 
 // Server is the fake CA. The setters may be called at any time.
@@ -71,8 +81,14 @@ type Server struct {
 
 	mu       sync.Mutex // guards what follows
 	ca       *local.CA
+	agent    *agentCA // Cilium only
 	reply    func(Request) *Reply
 	requests []Request
+	token    string
+	pods     map[spiffeid.ID]bool // nil: all
+	distrust bool
+	extra    []*x509.Certificate
+	conns    map[net.Conn]struct{}
 }
 
 // New makes a server whose own certificate is signed by cfg.CA.
@@ -80,16 +96,26 @@ func New(cfg Config) (*Server, error) {
 	if cfg.CA == nil {
 		return nil, errors.New("fake istiod: no CA")
 	}
-	cert, err := serverCertificate(cfg)
-	if err != nil {
-		return nil, fmt.Errorf("fake istiod: %w", err)
+	s := &Server{cfg: cfg, ca: cfg.CA, token: cfg.Token, conns: make(map[net.Conn]struct{})}
+	if cfg.Personality == Cilium {
+		var err error
+		if s.agent, err = newAgentCA(); err != nil {
+			return nil, fmt.Errorf("fake istiod: %w", err)
+		}
 	}
-	s := &Server{cfg: cfg, ca: cfg.CA}
-	s.grpc = grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{
-		Certificates: []tls.Certificate{cert},
-		MinVersion:   tls.VersionTLS12,
-		NextProtos:   []string{"h2"},
-	})))
+	if cfg.Plaintext {
+		s.grpc = grpc.NewServer()
+	} else {
+		cert, err := serverCertificate(cfg)
+		if err != nil {
+			return nil, fmt.Errorf("fake istiod: %w", err)
+		}
+		s.grpc = grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{
+			Certificates: []tls.Certificate{cert},
+			MinVersion:   tls.VersionTLS12,
+			NextProtos:   []string{"h2"},
+		})))
+	}
 	securityapi.RegisterIstioCertificateServiceServer(s.grpc, s)
 	return s, nil
 }
@@ -116,26 +142,59 @@ func serverCertificate(cfg Config) (tls.Certificate, error) {
 }
 
 // Serve accepts on l until Stop; it closes l.
-func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(l) }
+func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(&listener{l, s}) }
 
 // Stop closes the listener and all connections, and waits for the requests.
 func (s *Server) Stop() { s.grpc.Stop() }
 
 // SetCA changes the CA that signs from now on; the server's own certificate
-// stays.
-func (s *Server) SetCA(c *local.CA) {
+// stays. It is not for Cilium.
+func (s *Server) SetCA(c *local.CA) { s.set(func() { s.ca = c }) }
+
+// SetToken changes the bearer token that requests need; "" is none.
+func (s *Server) SetToken(token string) { s.set(func() { s.token = token }) }
+
+// SetPods are the identities that have a pod on the client's node; others are
+// refused. Without any, all have.
+func (s *Server) SetPods(ids ...spiffeid.ID) {
+	s.set(func() {
+		s.pods = nil
+		for _, id := range ids {
+			if s.pods == nil {
+				s.pods = make(map[spiffeid.ID]bool)
+			}
+			s.pods[id] = true
+		}
+	})
+}
+
+// SetDistrust refuses all impersonation: the client's account is not among the
+// trusted ones.
+func (s *Server) SetDistrust(b bool) { s.set(func() { s.distrust = b }) }
+
+// SetExtraRoots puts further anchors before the root in the last element of
+// answers.
+func (s *Server) SetExtraRoots(certs ...*x509.Certificate) { s.set(func() { s.extra = certs }) }
+
+// Root is the root of the certificates that are issued now.
+func (s *Server) Root() *x509.Certificate {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ca = c
+	if s.agent != nil {
+		return s.agent.root
+	}
+	return s.ca.Root()
+}
+
+func (s *Server) set(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
 }
 
 // SetReply sets a function that may override the answer to a request; it
 // returns nil to leave it. A nil function ends that.
-func (s *Server) SetReply(f func(Request) *Reply) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.reply = f
-}
+func (s *Server) SetReply(f func(Request) *Reply) { s.set(func() { s.reply = f }) }
 
 // Requests are the well-formed requests so far.
 func (s *Server) Requests() []Request {
@@ -152,32 +211,87 @@ func (s *Server) CreateCertificate(ctx context.Context, in *securityapi.IstioCer
 	}
 	s.mu.Lock()
 	s.requests = append(s.requests, req)
-	authority, reply := s.ca, s.reply
+	reply := s.reply
 	s.mu.Unlock()
-	id := req.Identity
 	if reply != nil {
 		if r := reply(req); r != nil {
-			switch {
-			case r.Err != nil:
-				return nil, r.Err
-			case r.Identity.IsZero():
-				return &securityapi.IstioCertificateResponse{CertChain: r.Chain}, nil
+			if done, out, err := s.override(ctx, r); done {
+				return out, err
 			}
-			id = r.Identity
+			if !r.Identity.IsZero() {
+				req.Identity = r.Identity
+			}
 		}
 	}
-	leaf, err := authority.Sign(req.CSR.PublicKey, id, req.Validity)
-	if errors.Is(err, ca.ErrDenied) {
-		return nil, status.Error(codes.PermissionDenied, err.Error())
-	}
-	if err != nil {
-		return nil, status.Error(codes.Internal, err.Error())
-	}
-	return &securityapi.IstioCertificateResponse{CertChain: []string{PEM(leaf), PEM(authority.Root())}}, nil
+	return s.issue(req)
 }
 
-// read checks the request, and finds the identity: the impersonated one, that
-// of the certificate request, or the default.
+// override does what r says; done is false when a certificate is to be issued.
+func (s *Server) override(ctx context.Context, r *Reply) (done bool, out *securityapi.IstioCertificateResponse, err error) {
+	if r.Delay > 0 {
+		timer := time.NewTimer(r.Delay)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return true, nil, status.FromContextError(ctx.Err()).Err()
+		}
+	}
+	switch {
+	case r.Hang || r.Break:
+		if err := grpc.SendHeader(ctx, nil); err != nil {
+			return true, nil, err
+		}
+		if r.Break {
+			s.breakConnections()
+		}
+		<-ctx.Done()
+		return true, nil, status.FromContextError(ctx.Err()).Err()
+	case r.Err != nil:
+		return true, nil, r.Err
+	case r.Identity.IsZero() && !r.Sign:
+		return true, &securityapi.IstioCertificateResponse{CertChain: r.Chain}, nil
+	}
+	return false, nil, nil
+}
+
+func (s *Server) breakConnections() {
+	s.mu.Lock()
+	conns := slices.Collect(maps.Keys(s.conns))
+	s.mu.Unlock()
+	for _, c := range conns {
+		c.Close()
+	}
+}
+
+// listener knows its open connections.
+type listener struct {
+	net.Listener
+	s *Server
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	t := &conn{c, l.s}
+	l.s.set(func() { l.s.conns[t] = struct{}{} })
+	return t, nil
+}
+
+type conn struct {
+	net.Conn
+	s *Server
+}
+
+func (c *conn) Close() error {
+	c.s.set(func() { delete(c.s.conns, c) })
+	return c.Conn.Close()
+}
+
+// read checks what all personalities check: the token and the form of the
+// request.
 func (s *Server) read(ctx context.Context, in *securityapi.IstioCertificateRequest) (Request, error) {
 	headers, _ := metadata.FromIncomingContext(ctx)
 	first := func(key string) string {
@@ -185,6 +299,12 @@ func (s *Server) read(ctx context.Context, in *securityapi.IstioCertificateReque
 			return v[0]
 		}
 		return ""
+	}
+	s.mu.Lock()
+	token := s.token
+	s.mu.Unlock()
+	if token != "" && first("authorization") != "Bearer "+token {
+		return Request{}, status.Error(codes.Unauthenticated, "request authenticate failure")
 	}
 	block, _ := pem.Decode([]byte(in.GetCsr()))
 	if block == nil || block.Type != "CERTIFICATE REQUEST" {
@@ -200,25 +320,14 @@ func (s *Server) read(ctx context.Context, in *securityapi.IstioCertificateReque
 	req := Request{
 		Authorization: first("authorization"),
 		ClusterID:     first("clusterid"),
+		Headers:       headers,
 		Validity:      time.Duration(in.GetValidityDuration()) * time.Second,
 		CSR:           csr,
-		Identity:      s.cfg.DefaultIdentity,
 	}
-	text := ""
-	if v, ok := in.GetMetadata().GetFields()[impersonated]; ok {
-		text, req.Impersonated = v.GetStringValue(), true
-	} else if len(csr.URIs) > 0 {
-		text = csr.URIs[0].String()
+	if in.Metadata != nil {
+		req.Metadata = in.Metadata.AsMap()
 	}
-	if text != "" || req.Impersonated {
-		if req.Identity, err = spiffeid.FromString(text); err != nil {
-			return Request{}, status.Errorf(codes.InvalidArgument, "identity %q: %v", text, err)
-		}
-	}
-	if req.Identity.IsZero() {
-		return Request{}, status.Error(codes.PermissionDenied, "the request names no identity, and there is no default")
-	}
-	return req, nil
+	return req, s.identify(&req)
 }
 
 // PEM encodes a certificate.

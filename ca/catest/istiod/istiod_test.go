@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -219,5 +220,84 @@ func TestBadCSR(t *testing.T) {
 	}
 	if got := server.Requests(); len(got) != 0 {
 		t.Errorf("malformed requests were recorded: %v", got)
+	}
+}
+
+// TestPersonalities: what they take, and what they grant.
+func TestPersonalities(t *testing.T) {
+	other := catest.ID("spiffe://cluster.local/ns/b/sa/other")
+	for _, tt := range []struct {
+		name              string
+		personality       istiod.Personality
+		csr, impersonated string
+		pods              []spiffeid.ID
+		distrust          bool
+		code              codes.Code
+		want              string
+		life              time.Duration
+	}{
+		{name: "istio-csr", personality: istiod.IstioCSR, csr: web, impersonated: web, want: web, life: time.Hour},
+		{name: "istio-csr: another identity in the CSR", personality: istiod.IstioCSR, csr: web, impersonated: other.String(), code: codes.Unauthenticated},
+		{name: "istio-csr: not trusted", personality: istiod.IstioCSR, csr: web, impersonated: web, distrust: true, code: codes.Unauthenticated},
+		{name: "istiod: no pod on the node", csr: web, impersonated: web, pods: []spiffeid.ID{other}, code: codes.Unauthenticated},
+		{name: "istiod: a pod on the node", csr: web, impersonated: web, pods: []spiffeid.ID{catest.ID(web)}, want: web, life: 2 * time.Hour},
+		{name: "cilium: the CSR's", personality: istiod.Cilium, csr: web, impersonated: other.String(), distrust: true, want: web, life: 30 * 24 * time.Hour},
+		{name: "cilium: no endpoint", personality: istiod.Cilium, csr: web, pods: []spiffeid.ID{other}, code: codes.Unknown},
+		{name: "cilium: no identity in the CSR", personality: istiod.Cilium, impersonated: web, code: codes.Unknown},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			server, client := dial(t, istiod.Config{CA: openCA(t), Personality: tt.personality}, "localhost")
+			server.SetPods(tt.pods...)
+			server.SetDistrust(tt.distrust)
+			in, _ := request(t, tt.csr)
+			in.ValidityDuration = 7200
+			if tt.impersonated != "" {
+				in.Metadata = impersonate(t, tt.impersonated)
+			}
+			out, err := client.CreateCertificate(t.Context(), in)
+			if got := status.Code(err); got != tt.code {
+				t.Fatalf("status %v (%v), want %v", got, err, tt.code)
+			}
+			if tt.code != codes.OK {
+				return
+			}
+			leaf := parse(t, out.CertChain[0])
+			if got := leaf.URIs[0].String(); got != tt.want {
+				t.Errorf("issued %s, want %s", got, tt.want)
+			}
+			if life := time.Until(leaf.NotAfter).Round(time.Minute); life != tt.life {
+				t.Errorf("life %v, want %v", life, tt.life)
+			}
+			if root := parse(t, out.CertChain[1]); !root.Equal(server.Root()) || leaf.CheckSignatureFrom(root) != nil {
+				t.Error("the leaf is not of the root in the answer")
+			}
+			if tt.personality == istiod.Cilium && (leaf.SignatureAlgorithm != x509.SHA256WithRSA || leaf.KeyUsage != 0 || leaf.ExtKeyUsage != nil || leaf.BasicConstraintsValid) {
+				t.Errorf("signed by %v with usages %v %v, want RSA and none", leaf.SignatureAlgorithm, leaf.KeyUsage, leaf.ExtKeyUsage)
+			}
+		})
+	}
+}
+
+func TestTokenAndMisbehaviour(t *testing.T) {
+	server, client := dial(t, istiod.Config{CA: openCA(t), Token: "s3cret"}, "localhost")
+	in, _ := request(t, web)
+	if _, err := client.CreateCertificate(t.Context(), in); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("without a token: %v", err)
+	}
+	ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer s3cret")
+	if _, err := client.CreateCertificate(ctx, in); err != nil {
+		t.Errorf("with the token: %v", err)
+	}
+	server.SetReply(func(istiod.Request) *istiod.Reply { return &istiod.Reply{Break: true} })
+	if _, err := client.CreateCertificate(ctx, in); status.Code(err) != codes.Unavailable {
+		t.Errorf("broken connection: %v, want Unavailable", err)
+	}
+	hctx, cancel := context.WithCancel(ctx)
+	server.SetReply(func(istiod.Request) *istiod.Reply {
+		cancel()
+		return &istiod.Reply{Hang: true}
+	})
+	if _, err := client.CreateCertificate(hctx, in); status.Code(err) != codes.Canceled {
+		t.Errorf("hanging server: %v, want Canceled", err)
 	}
 }
