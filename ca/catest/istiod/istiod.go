@@ -44,6 +44,8 @@ type Config struct {
 	DefaultIdentity spiffeid.ID
 	// Personality is whose behaviour it has. Default Istiod.
 	Personality Personality
+	// AgentTTL is the life of Cilium's certificates. Default 30 days.
+	AgentTTL time.Duration
 	// Token is the bearer token that every request needs, "" for none.
 	Token string
 	// Plaintext serves without TLS, as on a unix socket.
@@ -97,6 +99,9 @@ func New(cfg Config) (*Server, error) {
 		return nil, errors.New("fake istiod: no CA")
 	}
 	s := &Server{cfg: cfg, ca: cfg.CA, token: cfg.Token, conns: make(map[net.Conn]struct{})}
+	if cfg.AgentTTL == 0 {
+		s.cfg.AgentTTL = 30 * 24 * time.Hour
+	}
 	if cfg.Personality == Cilium {
 		var err error
 		if s.agent, err = newAgentCA(); err != nil {
@@ -148,7 +153,7 @@ func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(&listener{l, 
 func (s *Server) Stop() { s.grpc.Stop() }
 
 // SetCA changes the CA that signs from now on; the server's own certificate
-// stays. It is not for Cilium.
+// stays. Cilium has [Server.RotateAgent] instead.
 func (s *Server) SetCA(c *local.CA) { s.set(func() { s.ca = c }) }
 
 // SetToken changes the bearer token that requests need; "" is none.

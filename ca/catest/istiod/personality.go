@@ -137,7 +137,7 @@ func (s *Server) issue(req Request) (*securityapi.IstioCertificateResponse, erro
 	var err error
 	switch s.cfg.Personality {
 	case Cilium:
-		leaf, err = agent.sign(req)
+		leaf, err = agent.sign(req, s.cfg.AgentTTL)
 		roots += PEM(agent.root)
 	case IstioCSR:
 		leaf, err = authority.Sign(req.CSR.PublicKey, req.Identity, min(req.Validity, time.Hour))
@@ -186,13 +186,23 @@ func newAgentCA() (*agentCA, error) {
 	return &agentCA{key, root}, nil
 }
 
+// RotateAgent makes a new root for Cilium, which signs from now on.
+func (s *Server) RotateAgent() error {
+	next, err := newAgentCA()
+	if err != nil {
+		return fmt.Errorf("fake istiod: %w", err)
+	}
+	s.set(func() { s.agent = next })
+	return nil
+}
+
 // sign copies subject and names of the request, and sets no usages.
-func (a *agentCA) sign(req Request) (*x509.Certificate, error) {
+func (a *agentCA) sign(req Request, ttl time.Duration) (*x509.Certificate, error) {
 	now := time.Now()
 	leaf := &x509.Certificate{
 		Subject:        req.CSR.Subject,
 		NotBefore:      now,
-		NotAfter:       now.Add(30 * 24 * time.Hour),
+		NotAfter:       now.Add(ttl),
 		DNSNames:       req.CSR.DNSNames,
 		IPAddresses:    req.CSR.IPAddresses,
 		EmailAddresses: req.CSR.EmailAddresses,
