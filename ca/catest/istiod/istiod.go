@@ -146,8 +146,13 @@ func serverCertificate(cfg Config) (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key, Leaf: leaf}, nil
 }
 
-// Serve accepts on l until Stop; it closes l.
-func (s *Server) Serve(l net.Listener) error { return s.grpc.Serve(&listener{l, s}) }
+// Serve accepts on l until Stop, be it before; it closes l.
+func (s *Server) Serve(l net.Listener) error {
+	if err := s.grpc.Serve(&listener{l, s}); !errors.Is(err, grpc.ErrServerStopped) {
+		return err
+	}
+	return nil
+}
 
 // Stop closes the listener and all connections, and waits for the requests.
 func (s *Server) Stop() { s.grpc.Stop() }
