@@ -110,18 +110,8 @@ type Verified struct {
 // the leaf are ignored (R18). Several paths may lead to anchors: one that is
 // accepted suffices, those to strict anchors are asked first.
 func VerifySVID(chain []*x509.Certificate, bundles *Bundles, opts VerifyOptions) (Verified, error) {
-	if err := checkSize(chain); err != nil {
-		return Verified{}, err
-	}
-	leaf := chain[0]
-	id, err := leafID(leaf)
+	id, err := checkLeaf(chain, opts.Usage)
 	if err != nil {
-		return Verified{}, err
-	}
-	if leaf.IsCA {
-		return Verified{}, refuse("R21", "a CA certificate must not authenticate")
-	}
-	if err := checkLeafUsage(leaf, opts.Usage); err != nil {
 		return Verified{}, err
 	}
 	if opts.Now.IsZero() {
@@ -136,6 +126,23 @@ func VerifySVID(chain []*x509.Certificate, bundles *Bundles, opts VerifyOptions)
 		return Verified{}, err
 	}
 	return choosePath(id, paths, bundles.Anchors(td), opts)
+}
+
+// checkLeaf holds what both modes demand of a presented chain before a path is
+// looked for.
+func checkLeaf(chain []*x509.Certificate, usage Usage) (spiffeid.ID, error) {
+	if err := checkSize(chain); err != nil {
+		return spiffeid.ID{}, err
+	}
+	leaf := chain[0]
+	id, err := leafID(leaf)
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	if leaf.IsCA {
+		return spiffeid.ID{}, refuse("R21", "a CA certificate must not authenticate")
+	}
+	return id, checkLeafUsage(leaf, usage)
 }
 
 func checkSize(chain []*x509.Certificate) error {
@@ -229,7 +236,7 @@ func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, o
 					continue
 				}
 				var tolerated []string
-				if tolerated, err = judgePath(path, id, a.origin, want); err != nil {
+				if tolerated, err = judge(path[0], path[1:len(path)-1], id, a.origin, want); err != nil {
 					continue
 				}
 				if opts.Revoked != nil {
@@ -238,11 +245,7 @@ func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, o
 						continue
 					}
 				}
-				if opts.Tolerated != nil {
-					for _, rule := range tolerated {
-						opts.Tolerated(rule)
-					}
-				}
+				opts.tolerate(tolerated)
 				return Verified{ID: id, Path: path, Anchor: a, Mode: want, At: opts.Now}, nil
 			}
 		}
@@ -253,17 +256,26 @@ func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, o
 	return Verified{}, err
 }
 
-// judgePath applies the rules that depend on the mode, and those for signing
+func (o VerifyOptions) tolerate(rules []string) {
+	if o.Tolerated == nil {
+		return
+	}
+	for _, rule := range rules {
+		o.Tolerated(rule)
+	}
+}
+
+// judge applies the rules that depend on the mode, and those for signing
 // certificates, which may name the trust domain of id or its origin, if it is an
 // alias. It returns the rules that compatible mode forgave.
-func judgePath(path []*x509.Certificate, id spiffeid.ID, origin spiffeid.TrustDomain, mode Mode) (tolerated []string, err error) {
-	for _, b := range leafBreaches(path[0]) {
+func judge(leaf *x509.Certificate, signers []*x509.Certificate, id spiffeid.ID, origin spiffeid.TrustDomain, mode Mode) (tolerated []string, err error) {
+	for _, b := range leafBreaches(leaf) {
 		if mode == Strict || !b.forgivable {
 			return nil, refuse(b.rule, "%s", b.reason)
 		}
 		tolerated = append(tolerated, b.rule)
 	}
-	for _, c := range path[1 : len(path)-1] {
+	for _, c := range signers {
 		if err := checkSignerID(c, id.TrustDomain(), origin); err != nil {
 			return nil, err
 		}
