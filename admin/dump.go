@@ -44,13 +44,6 @@ func encode(out *bytes.Buffer, v any, indent string) error {
 	return enc.Encode(v)
 }
 
-// The states of a Certificate.
-const (
-	StateInitializing = "Initializing"
-	StateAvailable    = "Available"
-	StateUnavailable  = "Unavailable"
-)
-
 // Certificate is one entry of the dump's certificates: the SVID of one workload,
 // without its key.
 type Certificate struct {
@@ -59,12 +52,10 @@ type Certificate struct {
 	// UID is the workload's, where it has a certificate of its own. It orders the
 	// entries of one identity and is not shown.
 	UID string
-	// State is one of the State constants.
+	// State is Initializing, Available, or "Unavailable: " and the reason.
 	State string
-	// Err is why it is unavailable.
-	Err string
-	// Chain is the leaf and the intermediates, Roots the anchors. Both are shown
-	// only if State is StateAvailable.
+	// Chain is the leaf and the intermediates, Roots the anchors. Both are empty
+	// unless State is Available.
 	Chain, Roots []*x509.Certificate
 }
 
@@ -82,21 +73,17 @@ type x509Entry struct {
 	NotBefore string `json:"validFrom"`
 }
 
-// Certificates is the section "certificates", sorted by identity and UID.
+// Certificates is the section "certificates", sorted by identity and UID. Where
+// both are equal the order stays.
 func Certificates(certs []Certificate) any {
-	sorted := slices.SortedFunc(slices.Values(certs), func(a, b Certificate) int {
+	sorted := slices.SortedStableFunc(slices.Values(certs), func(a, b Certificate) int {
 		return cmp.Or(strings.Compare(a.Identity, b.Identity), strings.Compare(a.UID, b.UID))
 	})
 	entries := make([]certificateEntry, 0, len(sorted))
 	for _, c := range sorted {
-		e := certificateEntry{Chain: []x509Entry{}, Identity: c.Identity, Roots: []x509Entry{}, State: c.State}
-		switch c.State {
-		case StateAvailable:
-			e.Chain, e.Roots = x509Entries(c.Chain), x509Entries(c.Roots)
-		case StateUnavailable:
-			e.State += ": " + c.Err
-		}
-		entries = append(entries, e)
+		entries = append(entries, certificateEntry{
+			Chain: x509Entries(c.Chain), Identity: c.Identity, Roots: x509Entries(c.Roots), State: c.State,
+		})
 	}
 	return entries
 }

@@ -28,10 +28,10 @@ func TestID_AD01_Certificates(t *testing.T) {
 	leaf, intermediate, root := cert("2716760551047417", 'l', 100), cert("340282366920938463463374607431768211455", 'i', 45), cert("41", 'r', 46)
 	const prefix = "spiffe://cluster.local/ns/default/sa/"
 	certs := []Certificate{
-		{Identity: prefix + "old", State: StateUnavailable, Err: "signing gRPC error (The service is currently unavailable): connection refused", Chain: []*x509.Certificate{leaf}},
-		{Identity: prefix + "new", State: StateInitializing},
-		{Identity: prefix + "echo", UID: "b", State: StateInitializing},
-		{Identity: prefix + "echo", UID: "a", State: StateAvailable, Chain: []*x509.Certificate{leaf, intermediate}, Roots: []*x509.Certificate{root}},
+		{Identity: prefix + "old", State: "Unavailable: signing gRPC error (The service is currently unavailable): connection refused"},
+		{Identity: prefix + "new", State: "Initializing"},
+		{Identity: prefix + "echo", UID: "b", State: "Initializing"},
+		{Identity: prefix + "echo", UID: "a", State: "Available", Chain: []*x509.Certificate{leaf, intermediate}, Roots: []*x509.Certificate{root}},
 	}
 	got, err := EncodeDump(map[string]any{"certificates": Certificates(certs), "none": Certificates(nil)})
 	if err != nil {

@@ -37,16 +37,7 @@ func (n *node) dumpStatic() any {
 func dumpCertificates(statuses []ca.Status) any {
 	certs := make([]admin.Certificate, 0, len(statuses))
 	for _, s := range statuses {
-		c := admin.Certificate{Identity: s.ID.String(), UID: s.UID, State: admin.StateUnavailable, Chain: s.Chain}
-		switch s.State {
-		case ca.Available:
-			c.State = admin.StateAvailable
-		case ca.Pending:
-			c.State = admin.StateInitializing
-		}
-		if s.Err != nil {
-			c.Err = s.Err.Error()
-		}
+		c := admin.Certificate{Identity: s.ID.String(), UID: s.UID, State: s.Text, Chain: s.Chain}
 		for _, root := range s.Roots {
 			c.Roots = append(c.Roots, root.Cert)
 		}
@@ -65,15 +56,31 @@ type ourDump struct {
 	Origins      map[string]string `json:"configOrigins"`
 }
 
-// ourCertificate says of a certificate what the reference has no key for.
+// ourCertificate says of a certificate what the reference has no key for. The
+// list has the order of certificates.
 type ourCertificate struct {
-	Identity    string     `json:"identity"`
-	UID         string     `json:"uid,omitempty"`
-	Provider    string     `json:"provider"`
-	State       string     `json:"state"`
-	LastError   string     `json:"lastError,omitempty"`
+	Identity    string   `json:"identity"`
+	UID         string   `json:"uid,omitempty"` // of the workload, if it has a certificate of its own
+	TrustDomain string   `json:"trustDomain"`
+	Provider    string   `json:"provider"`
+	State       string   `json:"state"` // Pending, Available, Unavailable, Withdrawn
+	Pods        []string `json:"pods"`  // namespace/name
+	Leases      int      `json:"leases"`
+	// NextRenewal is the provider's next attempt; absent if its backend pushes.
 	NextRenewal *time.Time `json:"nextRenewal,omitempty"`
-	Leases      int        `json:"leases"`
+	LastError   string     `json:"lastError,omitempty"`
+	// Arriving are those of the leases that keep another certificate until this
+	// one is there; Moves are where leases of this one go.
+	Arriving int       `json:"arriving,omitempty"`
+	Moves    []ourMove `json:"moves,omitempty"`
+}
+
+// ourMove is a live move that waits for another provider's certificate.
+type ourMove struct {
+	Provider  string    `json:"provider"`
+	Leases    int       `json:"leases"`
+	Since     time.Time `json:"since"`
+	LastError string    `json:"lastError,omitempty"`
 }
 
 // connectionsDump has the shape of workloadState[uid].connections.
@@ -95,15 +102,7 @@ func (n *node) dumpOurs(certs []ca.Status) any {
 		Pending: append([]string{}, n.ready.Pending()...), Origins: map[string]string{},
 	}
 	for _, s := range certs {
-		c := ourCertificate{Identity: s.ID.String(), UID: s.UID, Provider: s.Provider, State: s.State.String(), Leases: s.Leases}
-		if s.Err != nil {
-			c.LastError = s.Err.Error()
-		}
-		if !s.Renewal.IsZero() {
-			next := s.Renewal.UTC().Truncate(time.Second)
-			c.NextRenewal = &next
-		}
-		d.Certificates = append(d.Certificates, c)
+		d.Certificates = append(d.Certificates, dumpOurCertificate(s))
 	}
 	if n.world != nil {
 		if err := n.world.LastError(); err != nil {
@@ -119,6 +118,29 @@ func (n *node) dumpOurs(certs []ca.Status) any {
 		}
 	}
 	return d
+}
+
+func dumpOurCertificate(s ca.Status) ourCertificate {
+	seconds := func(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
+	c := ourCertificate{
+		Identity: s.ID.String(), UID: s.UID, TrustDomain: s.ID.TrustDomain().Name(), Provider: s.Provider,
+		State: s.State.String(), Pods: append([]string{}, s.Pods...), Leases: s.Leases, Arriving: s.Arriving,
+	}
+	if s.Err != nil {
+		c.LastError = s.Err.Error()
+	}
+	if !s.Renewal.IsZero() {
+		next := seconds(s.Renewal)
+		c.NextRenewal = &next
+	}
+	for _, m := range s.Moves {
+		move := ourMove{Provider: m.Provider, Leases: m.Leases, Since: seconds(m.Since)}
+		if m.Err != nil {
+			move.LastError = m.Err.Error()
+		}
+		c.Moves = append(c.Moves, move)
+	}
+	return c
 }
 
 func dumpConnections(c proxy.Connections) connectionsDump {

@@ -24,6 +24,7 @@ const (
 // app is what a command may touch of the world outside. Only main makes one of
 // the real process.
 type app struct {
+	stdin          io.Reader
 	stdout, stderr io.Writer
 	environ        []string
 	readFile       func(string) ([]byte, error)

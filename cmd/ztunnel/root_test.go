@@ -3,20 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -25,7 +16,6 @@ import (
 	"syscall"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -183,113 +173,5 @@ func TestConfigCommand(t *testing.T) {
 	code, stdout, stderr := command(t, []string{"ENABLE_PROXY=2"}, nil, "config")
 	if code != exitUsage || !strings.Contains(stdout, "ENABLE_PROXY") || !strings.Contains(stderr, "invalid env var ENABLE_PROXY=2") {
 		t.Errorf("invalid: got exit code %d, stderr %q; want the table, and 2", code, stderr)
-	}
-}
-
-// testCert mints a certificate that is valid between the two times.
-func testCert(t *testing.T, serial int64, from, to time.Time) certInfo {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "x"}, NotBefore: from, NotAfter: to}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	return certInfo{PEM: base64.StdEncoding.EncodeToString(text), SerialNumber: tmpl.SerialNumber.String(), ValidFrom: from, ExpirationTime: to}
-}
-
-func testDump(t *testing.T, now time.Time) string {
-	t.Helper()
-	b, err := json.Marshal(map[string]any{"workloads": []any{}, "certificates": []certEntry{
-		{Identity: "spiffe://cluster.local/ns/default/sa/echo", State: "Available",
-			CertChain: []certInfo{testCert(t, 0xd1d2ea0c5b5a2d, now.Add(-time.Hour), now.Add(23*time.Hour)), testCert(t, 7, now.Add(-time.Hour), now.Add(time.Hour))},
-			RootCerts: []certInfo{testCert(t, 255, now.Add(-48*time.Hour), now.Add(-time.Second))}},
-		{Identity: "spiffe://cluster.local/ns/default/sa/new", State: "Initializing", CertChain: []certInfo{}, RootCerts: []certInfo{}},
-		{Identity: "spiffe://cluster.local/ns/default/sa/old", State: "Unavailable: connection refused", CertChain: []certInfo{}, RootCerts: []certInfo{}},
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
-}
-
-func TestCertsTable(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) { // the time of a bubble is the same in each run
-		m := map[string]string{"/dump.json": testDump(t, time.Now())}
-		code, stdout, stderr := command(t, nil, m, "certs", "-f", "/dump.json")
-		if code != 0 || stderr != "" {
-			t.Fatalf("got exit code %d, %q", code, stderr)
-		}
-		golden(t, "certs", stdout)
-	})
-}
-
-func TestCertsJSON(t *testing.T) {
-	m := map[string]string{"/dump.json": `{"certificates": [{"certChain": [], "identity": "spiffe://a/ns/b/sa/c", "rootCerts": [], "state": "Unavailable: a <b>"}]}`}
-	for _, name := range []string{"certs", "cert", "certificate", "certificates"} {
-		code, stdout, stderr := command(t, nil, m, name, "-o", "json", "--file", "/dump.json")
-		if code != 0 || stderr != "" {
-			t.Fatalf("%s: got exit code %d, %q", name, code, stderr)
-		}
-		golden(t, "certs_json", stdout)
-	}
-}
-
-func TestCertsFromAdmin(t *testing.T) {
-	dump := testDump(t, time.Now())
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != "/config_dump" {
-			http.NotFound(w, r)
-			return
-		}
-		_, _ = io.WriteString(w, dump)
-	}))
-	defer srv.Close()
-	code, stdout, stderr := command(t, nil, nil, "certs", "--admin", srv.Listener.Addr().String())
-	if code != 0 || stderr != "" || strings.Count(stdout, "\n") != 6 {
-		t.Errorf("got exit code %d, %q, %q", code, stderr, stdout)
-	}
-}
-
-// TestD26_CertsFromSocket: without --admin the socket of this PID namespace is
-// asked before localhost.
-func TestD26_CertsFromSocket(t *testing.T) {
-	dump := testDump(t, time.Now())
-	name := fmt.Sprintf("@ztunnel-certs-test-%d", os.Getpid())
-	ln, err := net.Listen("unix", name)
-	if err != nil {
-		t.Skipf("abstract unix sockets: %v", err)
-	}
-	srv := &httptest.Server{Listener: ln, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = io.WriteString(w, dump)
-	})}}
-	srv.Start()
-	defer srv.Close()
-	var out, errs bytes.Buffer
-	a := &app{stdout: &out, stderr: &errs, readFile: os.ReadFile, adminSocket: func() (string, error) { return name, nil }}
-	if code := a.run(t.Context(), []string{"certs"}); code != 0 || strings.Count(out.String(), "\n") != 6 {
-		t.Errorf("got exit code %d, %q, %q", code, errs.String(), out.String())
-	}
-}
-
-func TestCertsErrorsExit1(t *testing.T) {
-	m := map[string]string{"/text": "hello", "/empty": "{}", "/odd": `{"certificates": {"a": 1}}`}
-	failing := httptest.NewServer(http.NotFoundHandler())
-	defer failing.Close()
-	for args, want := range map[string]string{
-		"-f /missing": "/missing",
-		"-f /text":    "/text is no configuration dump: ",
-		"-f /empty":   "/empty is no configuration dump: it has no certificates",
-		"-f /odd":     "certificates of /odd: ",
-		"--admin " + failing.Listener.Addr().String(): "status 404",
-	} {
-		code, stdout, stderr := command(t, nil, m, append([]string{"certs"}, strings.Fields(args)...)...)
-		if code != exitRuntime || stdout != "" || !strings.Contains(stderr, want) {
-			t.Errorf("certs %s: got exit code %d, stdout %q, stderr %q; want 1, nothing, %q", args, code, stdout, stderr, want)
-		}
 	}
 }
