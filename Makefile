@@ -78,7 +78,7 @@ $(SPIRE_BIN)/spire-%:
 	CGO_ENABLED=1 $(GO) -C e2e/spire/tools build -buildvcs=false -o $@ github.com/spiffe/spire/cmd/spire-$*
 
 e2e-spire: build spire ## two nodes on a real SPIRE: delegated, broker, Workload API (root)
-	ZTUNNEL_BIN=$(BIN) SPIRE_BIN=$(SPIRE_BIN) $(GO) test -tags e2e -count=1 -timeout 20m ./e2e/spire/...
+	ZTUNNEL_BIN=$(BIN) SPIRE_BIN=$(SPIRE_BIN) $(GO) test -tags e2e -count=1 -timeout 20m -parallel 8 ./e2e/spire/...
 
 bench: build ## throughput and latency of bin/ztunnel
 	$(GO) run ./e2e/bench -ztunnel bin/ztunnel $(BENCH_ARGS)

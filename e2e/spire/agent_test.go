@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -105,7 +106,23 @@ func newAgent(t *testing.T, s *server, o agentOptions) *agent {
 		t.Fatal(err)
 	}
 	a := &agent{server: s, t: t, dir: dir, node: "/node/" + filepath.Base(dir), kubelet: startKubelet(t, s.place)}
-	proxy := "spiffe://" + s.domain + proxyPath
+	if err := os.WriteFile(filepath.Join(dir, "bundle.pem"), s.bundlePEM(t), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a.configure(o)
+	if a.token, err = s.joinToken(world.Context(t), a.node); err != nil {
+		t.Fatalf("join token: %v", err)
+	}
+	if !o.late {
+		a.start()
+	}
+	return a
+}
+
+// configure writes the configuration, for the next start.
+func (a *agent) configure(o agentOptions) {
+	a.t.Helper()
+	proxy := "spiffe://" + a.domain + proxyPath
 	if o.delegate == "" {
 		o.delegate = proxy
 	}
@@ -114,21 +131,12 @@ func newAgent(t *testing.T, s *server, o agentOptions) *agent {
 	}
 	endpoint := ""
 	if !o.noBroker {
-		endpoint = fmt.Sprintf(brokerEndpoint, dir, o.brokers)
+		endpoint = fmt.Sprintf(brokerEndpoint, a.dir, o.brokers)
 	}
-	config := fmt.Appendf(nil, agentConfig, dir, s.port, s.domain, o.delegate, endpoint, a.kubelet.port, o.brokers)
-	for name, content := range map[string][]byte{"bundle.pem": s.bundlePEM(t), "agent.conf": config} {
-		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
-			t.Fatal(err)
-		}
+	config := fmt.Appendf(nil, agentConfig, a.dir, a.port, a.domain, o.delegate, endpoint, a.kubelet.port, o.brokers)
+	if err := os.WriteFile(filepath.Join(a.dir, "agent.conf"), config, 0o600); err != nil {
+		a.t.Fatal(err)
 	}
-	if a.token, err = s.joinToken(world.Context(t), a.node); err != nil {
-		t.Fatalf("join token: %v", err)
-	}
-	if !o.late {
-		a.start()
-	}
-	return a
 }
 
 // start runs the agent, for the first time or again, and waits for its sockets.
@@ -156,13 +164,32 @@ func (a *agent) start() {
 	})
 }
 
+// kill is kill -9.
+func (a *agent) kill() { a.proc.Kill() }
+
 func (a *agent) workloadSocket() string { return filepath.Join(a.dir, "public/api.sock") }
 func (a *agent) adminSocket() string    { return filepath.Join(a.dir, "admin/admin.sock") }
 func (a *agent) brokerSocket() string   { return filepath.Join(a.dir, "broker/broker.sock") }
 
-// entry registers a workload with this agent, until the test ends. It returns the
+// entry registers a workload with this agent, and waits until the agent has its
+// SVID: who asks before is told to come again in some seconds. It returns the
 // entry's ID.
 func (a *agent) entry(e entry) string {
 	a.t.Helper()
-	return a.createEntry(a.t, a.node, e)
+	id := a.createEntry(a.t, a.node, e)
+	if a.proc != nil {
+		a.learns(id)
+	}
+	return id
+}
+
+// learns waits until the agent has the SVID of an entry.
+func (a *agent) learns(id string) {
+	a.t.Helper()
+	_, err := a.proc.Find(world.Context(a.t), 15*time.Second, func(line string) bool {
+		return strings.Contains(line, `msg="SVID updated"`) && strings.Contains(line, "entry="+id)
+	})
+	if err != nil {
+		a.t.Fatalf("the agent does not learn of entry %s: %v", id, err)
+	}
 }

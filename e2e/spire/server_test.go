@@ -192,6 +192,20 @@ func (s *server) createEntry(t *testing.T, parent string, e entry) string {
 	return resp.GetResults()[0].GetEntry().GetId()
 }
 
+// updateEntry replaces what an entry says.
+func (s *server) updateEntry(t *testing.T, id, parent string, e entry) {
+	t.Helper()
+	wire := s.wire(t, parent, e)
+	wire.Id = id
+	resp, err := entryv1.NewEntryClient(s.conn).BatchUpdateEntry(world.Context(t), &entryv1.BatchUpdateEntryRequest{Entries: []*types.Entry{wire}})
+	if err == nil {
+		err = failed(resp.GetResults()[0].GetStatus())
+	}
+	if err != nil {
+		t.Fatalf("update the entry of %s: %v", e.path, err)
+	}
+}
+
 func (s *server) wire(t *testing.T, parent string, e entry) *types.Entry {
 	t.Helper()
 	wire := &types.Entry{
@@ -206,4 +220,15 @@ func (s *server) wire(t *testing.T, parent string, e entry) *types.Entry {
 		wire.Selectors = append(wire.Selectors, &types.Selector{Type: kind, Value: value})
 	}
 	return wire
+}
+
+func (s *server) deleteEntry(t *testing.T, id string) {
+	t.Helper()
+	resp, err := entryv1.NewEntryClient(s.conn).BatchDeleteEntry(world.Context(t), &entryv1.BatchDeleteEntryRequest{Ids: []string{id}})
+	if err == nil {
+		err = failed(resp.GetResults()[0].GetStatus())
+	}
+	if err != nil {
+		t.Fatalf("delete entry %s: %v", id, err)
+	}
 }

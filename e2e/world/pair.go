@@ -38,6 +38,20 @@ var BothCaptured = PairOptions{CaptureClient: true, CaptureServ: true}
 // NewPair makes a world with the two pods and waits until all is ready.
 func NewPair(t *testing.T, o PairOptions) *Pair {
 	t.Helper()
+	p := NewPods(t, o)
+	p.WriteConfig()
+	if o.CaptureServ {
+		p.Dest = p.Server.StartProxy(o.Dest)
+	}
+	if o.CaptureClient {
+		p.Source = p.Client.StartProxy(o.Source)
+	}
+	return p
+}
+
+// NewPods makes the pair without its proxies and their configuration.
+func NewPods(t *testing.T, o PairOptions) *Pair {
+	t.Helper()
 	p := &Pair{World: New(t), OtherImplemented: o.Source.Peer || o.Dest.Peer}
 	p.Policies = o.Policies
 	p.Client = p.AddPod("client", 1)
@@ -52,13 +66,6 @@ func NewPair(t *testing.T, o PairOptions) *Pair {
 	}
 	if o.CaptureServ {
 		p.Server.Redirect()
-	}
-	p.WriteConfig()
-	if o.CaptureServ {
-		p.Dest = p.Server.StartProxy(o.Dest)
-	}
-	if o.CaptureClient {
-		p.Source = p.Client.StartProxy(o.Source)
 	}
 	return p
 }

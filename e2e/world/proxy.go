@@ -50,7 +50,7 @@ func (w *World) WriteConfig() {
   name: %[1]s
   namespace: %[8]s
   serviceAccount: %[2]s
-  trustDomain: cluster.local
+  trustDomain: %[9]s
   clusterId: Kubernetes
   workloadIps: ["%[3]v", "%[7]v"]
   workloadName: %[1]s
@@ -61,7 +61,7 @@ func (w *World) WriteConfig() {
   node: %[5]s
   network: ""
   services: {%[6]s}
-`, p.Name, p.SA, p.Addr, protocol, p.Node.Name, p.Services, p.Addr6, p.Namespace)
+`, p.Name, p.SA, p.Addr, protocol, p.Node.Name, p.Services, p.Addr6, p.Namespace, p.TrustDomain)
 	}
 	b.WriteString("services: [" + w.Services + "]\n")
 	if w.Policies == "" {

@@ -44,17 +44,18 @@ type Node struct {
 
 // Pod is one network namespace with one workload.
 type Pod struct {
-	W         *World
-	Name      string
-	Namespace string // of Kubernetes
-	SA        string // service account
-	Node      *Node
-	NS        string // of the network
-	Addr      netip.Addr
-	Addr6     netip.Addr
-	Services  string // YAML flow mapping of the services that the pod serves
-	Captured  bool
-	Net       *netns.Pod // sockets of an application in the pod
+	W           *World
+	Name        string
+	Namespace   string // of Kubernetes
+	SA          string // service account
+	TrustDomain string
+	Node        *Node
+	NS          string // of the network
+	Addr        netip.Addr
+	Addr6       netip.Addr
+	Services    string // YAML flow mapping of the services that the pod serves
+	Captured    bool
+	Net         *netns.Pod // sockets of an application in the pod
 }
 
 // New makes the two nodes, which end with the test.
@@ -135,7 +136,7 @@ func (w *World) AddPod(name string, nodeNum int) *Pod {
 		}
 	}
 	p := &Pod{
-		W: w, Name: name, Namespace: "default", SA: name, Node: n,
+		W: w, Name: name, Namespace: "default", SA: name, TrustDomain: "cluster.local", Node: n,
 		Addr:  netip.AddrFrom4([4]byte{10, 0, byte(nodeNum), byte(num)}),
 		Addr6: netip.MustParseAddr(fmt.Sprintf("fd10:%d::%d", nodeNum, num)),
 	}
@@ -185,7 +186,9 @@ func (p *Pod) In(args ...string) []string {
 func (p *Pod) At(port uint16) netip.AddrPort { return netip.AddrPortFrom(p.Addr, port) }
 
 // Identity is that of the workload in the pod.
-func (p *Pod) Identity() string { return "spiffe://cluster.local/ns/" + p.Namespace + "/sa/" + p.SA }
+func (p *Pod) Identity() string {
+	return fmt.Sprintf("spiffe://%s/ns/%s/sa/%s", p.TrustDomain, p.Namespace, p.SA)
+}
 
 // redirection are the rules of spec/datapath.md §3.6, without DNS.
 const redirection = `*mangle
