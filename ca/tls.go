@@ -52,20 +52,17 @@ func (e *PeerError) Error() string {
 }
 
 // ServerTLS is the configuration with which svid accepts one peer or many. The
-// peer's certificate is mandatory, is verified in VerifyConnection, and must be
-// of svid's trust domain or an alias of it. A peer without ALPN is accepted.
+// peer's certificate is mandatory, and is verified in VerifyConnection with the
+// bundle of its own trust domain: svid's bundles hold ours, the aliases and
+// those that the provider federates us with, and no others (design D2). What
+// such a peer may do is up to the policies (D18). A peer without ALPN is
+// accepted.
 // svid must not be nil. The configuration must not be changed, and is out of
 // date when the lease's SVID changes.
 func ServerTLS(svid *SVID, opts TLSOptions) *tls.Config {
 	conf := baseTLS(svid, opts)
 	conf.ClientAuth = tls.RequireAnyClientCert
-	own := svid.ID.TrustDomain()
-	conf.VerifyConnection = verifyConnection(svid, Client, opts, func(peer spiffeid.ID) error {
-		if !opts.sameDomain(own, own, peer.TrustDomain()) {
-			return &PeerError{Want: fmt.Sprintf("trustdomain (%s)", own.Name()), Got: peer}
-		}
-		return nil
-	})
+	conf.VerifyConnection = verifyConnection(svid, Client, opts, func(spiffeid.ID) error { return nil })
 	return conf
 }
 
