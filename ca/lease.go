@@ -101,9 +101,7 @@ func (l *Lease) Release() {
 	l.store(&view{state: Withdrawn, err: ErrReleased})
 	l.released = true
 	delete(l.m.leases, l)
-	if h := l.next; h != nil {
-		l.next = nil
-		delete(h.moving, l)
+	if h := l.stay(); h != nil {
 		l.m.leave(h, true)
 	}
 	if h := l.hold; h != nil {
@@ -124,6 +122,28 @@ func (l *Lease) store(v *view) {
 	l.changed = make(chan struct{})
 }
 
+// head begins a live move to h. It is called with the manager's lock held.
+func (l *Lease) head(h *hold) {
+	l.next, l.since = h, time.Now()
+	h.moving[l] = struct{}{}
+	l.m.moving++
+}
+
+// stay ends a live move, whether it got there or not, and returns where it went,
+// nil if there was none. It is called with the manager's lock held.
+func (l *Lease) stay() *hold {
+	h := l.next
+	if h == nil {
+		return nil
+	}
+	l.next = nil
+	delete(h.moving, l)
+	if l.m.moving--; l.m.moving == 0 {
+		l.m.poke() // the sweeper tells
+	}
+	return h
+}
+
 // settle ends a live move when it can: the new key has an SVID, or there is
 // none to keep. It is called with the manager's lock held.
 func (l *Lease) settle() {
@@ -132,8 +152,7 @@ func (l *Lease) settle() {
 		return
 	}
 	old := l.hold
-	l.hold, l.next = next, nil
-	delete(next.moving, l)
+	l.hold = l.stay()
 	next.leases[l] = struct{}{}
 	l.store(next.view)
 	if old != nil {

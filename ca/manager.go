@@ -45,8 +45,9 @@ type Manager struct {
 	leases    map[*Lease]struct{}
 	providers map[Provider]*providerRun // those whose Run has not returned
 	failed    error                     // of a provider's Run
-	moved     time.Time                 // of the latest Replace that left leases to move, zero when all have
-	warned    bool                      // that they still have not
+	moved     time.Time                 // of the latest Replace, zero once its end was reported
+	moving    int                       // leases on their way to another hold
+	warned    bool                      // that there still are some
 	stop      context.CancelCauseFunc
 	ctx       context.Context // of Run, nil before; it belongs to the manager as long as it runs
 	tasks     sync.WaitGroup  // watches and providers
@@ -322,46 +323,50 @@ func (m *Manager) sweepOnce(now time.Time) time.Duration {
 const movePatience = time.Minute
 
 // followMove logs the end of a live move, and once that it takes long. The
-// sweeper calls it after each change, and every 30 s.
+// sweeper calls it when the last lease has moved, and every 30 s.
 func (m *Manager) followMove(ctx context.Context, now time.Time) {
 	m.mu.Lock()
-	if m.moved.IsZero() {
+	if m.moved.IsZero() || m.warned && m.moving > 0 {
 		m.mu.Unlock()
 		return
 	}
 	took := now.Sub(m.moved)
-	pending, stuck := 0, (*hold)(nil)
-	for _, h := range m.holds {
-		if len(h.moving) > 0 {
-			pending += len(h.moving)
-			stuck = h
-		}
-	}
 	report := func() {}
 	switch {
-	case pending == 0:
+	case m.moving == 0:
 		leases := len(m.leases)
 		m.moved = time.Time{}
 		report = func() {
 			m.log.InfoContext(ctx, "the move to the listed certificate providers is complete", "leases", leases, "took", took)
 		}
-	case took >= movePatience && !m.warned:
+	case took >= movePatience:
 		m.warned = true
-		provider, id, err := stuck.key.key.Provider, stuck.ref.ID, stuck.lastErr
+		pending, example := m.moving, m.example()
 		report = func() {
 			m.log.WarnContext(ctx, "certificates have not moved to their new provider and stay with the old one; see ztunnel certs -o wide",
-				"leases", pending, "provider", provider, "identity", id, "error", err)
+				"leases", pending, "provider", example.Provider, "identity", example.ID, "error", example.Err)
 		}
 	}
 	m.mu.Unlock()
 	report()
 }
 
-// sweepBy has the sweeper look at t at the latest. Looking costs a step for each
-// hold: it is woken only when it would come too late, or follows a move. It is
+// example is a certificate for which a lease waits that has another one. It is
 // called with the lock held.
+func (m *Manager) example() Status {
+	for _, h := range m.holds {
+		if len(h.moving) > 0 {
+			return h.status()
+		}
+	}
+	return Status{}
+}
+
+// sweepBy has the sweeper look at t at the latest. Looking costs a step for each
+// hold: it is woken only when it would come too late. It is called with the lock
+// held.
 func (m *Manager) sweepBy(t time.Time) {
-	if t.Before(m.sweepAt) || !m.moved.IsZero() {
+	if t.Before(m.sweepAt) {
 		m.sweepAt = t
 		m.poke()
 	}
@@ -418,9 +423,7 @@ func routed(r Router, w WorkloadRef, k holdKey) bool {
 // move points l to the hold that the router chooses now. It is called with the
 // lock held.
 func (m *Manager) move(l *Lease) {
-	if next := l.next; next != nil { // a move that did not come to its end
-		l.next = nil
-		delete(next.moving, l)
+	if next := l.stay(); next != nil { // a move that did not come to its end
 		defer m.leave(next, false)
 	}
 	p := m.router.For(l.ref)
@@ -436,8 +439,7 @@ func (m *Manager) move(l *Lease) {
 	if l.hold != nil && l.hold.key == (holdKey{p, p.Key(l.ref)}) {
 		return
 	}
-	l.next, l.since = m.join(p, l.ref), time.Now()
-	l.next.moving[l] = struct{}{}
+	l.head(m.join(p, l.ref))
 	if l.hold != nil {
 		l.next.inherit(l.hold)
 	}
