@@ -3,6 +3,7 @@ package spire
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -102,6 +103,9 @@ func (b *broker) openBundles(ctx context.Context, conn *grpc.ClientConn, ref *re
 		}
 		if err != nil {
 			return nil, err
+		}
+		if len(message.GetBundles()) == 0 {
+			return nil, fmt.Errorf("%w: there is no bundle in the message", ca.ErrRejected) // R43
 		}
 		anchors, err := parseBundles(b.cfg.Name, message.GetBundles())
 		if err != nil {

@@ -40,7 +40,7 @@ func (o *ownSVID) follow(ctx context.Context) {
 func (o *ownSVID) take(ctx context.Context, ev ca.Event) {
 	log := o.api.cfg.Logger
 	if ev.State == ca.Available {
-		if err := o.check(ev.SVID); err != nil {
+		if err := acceptable(ev.SVID); err != nil {
 			ev = ca.Event{State: ca.Unavailable, Err: err}
 			log.WarnContext(ctx, "the proxy's own SVID is rejected, the broker endpoint cannot be reached with it", "error", err.Error())
 		}
@@ -67,11 +67,8 @@ func (o *ownSVID) take(ctx context.Context, ev ca.Event) {
 	}
 }
 
-// check judges the SVID as the endpoint will.
-func (o *ownSVID) check(svid *ca.SVID) error {
-	if !o.want.IsZero() && svid.ID != o.want {
-		return fmt.Errorf("did not find expected SAN: %s", o.want)
-	}
+// acceptable judges an SVID as the endpoint will.
+func acceptable(svid *ca.SVID) error {
 	chain, err := svid.Chain()
 	if err != nil {
 		return err
@@ -96,19 +93,22 @@ func (o *ownSVID) ready() (<-chan struct{}, error) {
 	return o.changed, err
 }
 
-// look is called with the lock held.
+// look is called with the lock held. Its errors have only the text of what is
+// wrong with the proxy: the class of that is not the workloads'.
 func (o *ownSVID) look() (*ca.SVID, error) {
 	switch {
+	case o.svid == nil && errors.Is(o.err, errEarly):
+		return nil, errEarly
 	case o.svid == nil:
-		return nil, fmt.Errorf("%w: %w", errNoOwnSVID, o.err)
+		return nil, fmt.Errorf("%w: %s", errNoOwnSVID, text(o.err))
 	case time.Now().Before(o.svid.NotAfter):
 		return o.svid, nil
 	}
-	err := fmt.Errorf("%w: %w: %s, at %s", errNoOwnSVID, ca.ErrExpired, o.svid.ID, o.svid.NotAfter.UTC().Format(time.RFC3339))
+	why := "there is no newer one"
 	if o.err != nil {
-		err = fmt.Errorf("%w: %w", err, o.err)
+		why = o.err.Error()
 	}
-	return nil, err
+	return nil, fmt.Errorf("%w: the certificate of %s has expired, at %s: %s", errNoOwnSVID, o.svid.ID, o.svid.NotAfter.UTC().Format(time.RFC3339), why)
 }
 
 // errNoOwnSVID keeps the endpoint from being reached.
