@@ -382,6 +382,9 @@ func TestCRLSignature(t *testing.T) {
 		if err := mustLoad(t, pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der}), own).Check(path); !isRevoked(err) {
 			t.Errorf("beside a good one: %v", err)
 		}
+		if err := mustLoad(t, pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der}), own).Check(pathOf(t, root)); err != nil {
+			t.Errorf("beside a good one that spares it: %v", err)
+		}
 	})
 	t.Run("without a key identifier it may be meant as ours", func(t *testing.T) {
 		der := bytes.Replace(root.CRLDER(t, 1, nil), []byte{6, 3, 0x55, 0x1d, 35}, []byte{6, 3, 0x55, 0x1d, 98}, 1)
@@ -466,20 +469,21 @@ func TestCRLWrittenInPlace(t *testing.T) {
 		}
 		run(t, c)
 		content := root.CRL(t, 2, path[:1])
-		w, err := os.Create(f.path) // empty for a moment
+		time.Sleep(300 * time.Millisecond)
+		w, err := os.Create(f.path) // empty when it is looked at first
 		if err != nil {
 			t.Fatal(err)
 		}
 		for len(content) > 0 {
-			n := min(100, len(content))
-			if _, err := w.Write(content[:n]); err != nil {
-				t.Fatal(err)
-			}
-			content = content[n:]
 			time.Sleep(300 * time.Millisecond)
 			if err := c.Check(path); !isRevoked(err) {
 				t.Fatalf("%d bytes before the end: %v", len(content), err)
 			}
+			n := min(40, len(content))
+			if _, err := w.Write(content[:n]); err != nil {
+				t.Fatal(err)
+			}
+			content = content[n:]
 		}
 		if err := w.Close(); err != nil {
 			t.Fatal(err)

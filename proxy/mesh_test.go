@@ -297,7 +297,10 @@ func (n *node) request(dst netip.AddrPort, text string) error {
 }
 
 // echoAddr is where n's application listens.
-func (n *node) echoAddr() netip.AddrPort { return netip.AddrPortFrom(n.addr, echoPort) }
+func (n *node) echoAddr() netip.AddrPort { return n.at(echoPort) }
+
+// at is an address of n's pod.
+func (n *node) at(port uint16) netip.AddrPort { return netip.AddrPortFrom(n.addr, port) }
 
 // logBook keeps JSON log lines.
 type logBook struct {
