@@ -94,14 +94,23 @@ const maxCRLNumber = 20
 // parseCRL reads one list in DER, and refuses the forms that say more than we
 // understand (the identity spec §3.8).
 func parseCRL(der []byte) (*crlList, error) {
-	list, err := x509.ParseRevocationList(der)
+	parts, err := splitCRL(der)
 	if err != nil {
 		return nil, err
 	}
-	if len(list.Raw) != len(der) {
-		return nil, fmt.Errorf("%d bytes after the list", len(der)-len(list.Raw))
+	l := &crlList{serials: make(map[crlSerial]struct{}, len(parts.entries)/minEntry)}
+	var list *x509.RevocationList
+	for more := true; more; more = len(parts.entries) > 0 {
+		if list, err = parts.next(); err != nil {
+			return nil, err
+		}
+		for _, e := range list.RevokedCertificateEntries {
+			if err := checkEntry(e); err != nil {
+				return nil, err
+			}
+			l.serials[serialKey(e.SerialNumber)] = struct{}{}
+		}
 	}
-	l := &crlList{serials: make(map[string]struct{}, len(list.RevokedCertificateEntries))}
 	switch n := list.Number; {
 	case list.SignatureAlgorithm == x509.UnknownSignatureAlgorithm:
 		return nil, errors.New("the signature algorithm is not supported")
@@ -113,19 +122,93 @@ func parseCRL(der []byte) (*crlList, error) {
 	if l.scope, err = readExtensions(list); err != nil {
 		return nil, err
 	}
-	for _, e := range list.RevokedCertificateEntries {
-		if err := checkEntry(e); err != nil {
-			return nil, err
-		}
-		l.serials[serialKey(e.SerialNumber)] = struct{}{}
-	}
-	// The entries that were indexed are many times as large as the index.
 	l.list = &x509.RevocationList{
-		RawTBSRevocationList: list.RawTBSRevocationList, Signature: list.Signature, SignatureAlgorithm: list.SignatureAlgorithm,
+		RawTBSRevocationList: parts.tbs, Signature: list.Signature, SignatureAlgorithm: list.SignatureAlgorithm,
 		RawIssuer: list.RawIssuer, AuthorityKeyId: list.AuthorityKeyId, Number: list.Number,
 		ThisUpdate: list.ThisUpdate, NextUpdate: list.NextUpdate,
 	}
 	return l, nil
+}
+
+// crlParts is a list of which the entries are read bit by bit: crypto/x509 makes
+// hundreds of bytes of each, which for a million would be more memory than
+// proxies have.
+type crlParts struct {
+	tbs        []byte // what is signed
+	head, tail []byte // of that, what stands around the entries
+	entries    []byte // not read yet
+	signature  []byte // with its algorithm, as they follow tbs
+}
+
+const (
+	crlChunk = 64 << 10 // bytes of entries at a time
+	minEntry = 34       // bytes of an entry with a serial number of 15
+)
+
+// splitCRL finds the entries (RFC 5280 §5.1): the sequence that follows a time.
+// What it does not understand is left to crypto/x509.
+func splitCRL(der []byte) (*crlParts, error) {
+	var list, tbs asn1.RawValue
+	rest, err := asn1.Unmarshal(der, &list)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(rest) > 0:
+		return nil, fmt.Errorf("%d bytes after the list", len(rest))
+	}
+	p := new(crlParts)
+	if p.signature, err = asn1.Unmarshal(list.Bytes, &tbs); err != nil {
+		return nil, err
+	}
+	p.tbs, p.head = tbs.FullBytes, tbs.Bytes
+	time := false
+	for rest = tbs.Bytes; len(rest) > 0; {
+		var e asn1.RawValue
+		before := len(tbs.Bytes) - len(rest)
+		if rest, err = asn1.Unmarshal(rest, &e); err != nil {
+			return nil, err
+		}
+		if time && e.Class == asn1.ClassUniversal && e.Tag == asn1.TagSequence {
+			p.head, p.entries, p.tail = tbs.Bytes[:before], e.Bytes, rest
+			break
+		}
+		time = e.Class == asn1.ClassUniversal && (e.Tag == asn1.TagUTCTime || e.Tag == asn1.TagGeneralizedTime)
+	}
+	return p, nil
+}
+
+// next is the list with some of the entries that were not read yet.
+func (p *crlParts) next() (*x509.RevocationList, error) {
+	n := 0
+	for n < len(p.entries) && n < crlChunk {
+		var e asn1.RawValue
+		if _, err := asn1.Unmarshal(p.entries[n:], &e); err != nil {
+			return nil, err
+		}
+		n += len(e.FullBytes)
+	}
+	var entries []byte
+	var err error
+	if n > 0 {
+		if entries, err = sequence(p.entries[:n]); err != nil {
+			return nil, err
+		}
+	}
+	p.entries = p.entries[n:]
+	tbs, err := sequence(p.head, entries, p.tail)
+	if err != nil {
+		return nil, err
+	}
+	der, err := sequence(tbs, p.signature)
+	if err != nil {
+		return nil, err
+	}
+	return x509.ParseRevocationList(der)
+}
+
+// sequence is a DER SEQUENCE of the elements.
+func sequence(elements ...[]byte) ([]byte, error) {
+	return asn1.Marshal(asn1.RawValue{Tag: asn1.TagSequence, IsCompound: true, Bytes: slices.Concat(elements...)})
 }
 
 func readExtensions(list *x509.RevocationList) (scope crlScope, err error) {

@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/x509"
 	"fmt"
 	"math/big"
@@ -56,16 +57,27 @@ const maxCRLKeys = 64
 type crlList struct {
 	list    *x509.RevocationList // only what is needed of it, without entries
 	scope   crlScope
-	serials map[string]struct{}
+	serials map[crlSerial]struct{}
 }
 
-// serialKey is the number's bytes. A CRL may hold negative ones, which no
-// certificate has that crypto/x509 reads.
-func serialKey(n *big.Int) string {
-	if n.Sign() < 0 {
-		return "-" + string(n.Bytes())
+// crlSerial is a serial number: what it is made of, and up to 20 bytes (RFC 5280
+// §4.1.2.2). It has no pointers, of which lists have a million.
+type crlSerial [1 + maxSerial]byte
+
+const maxSerial = 20
+
+// serialKey is the number, or, of longer ones, a digest. A CRL may hold negative
+// ones, which no certificate has that crypto/x509 reads.
+func serialKey(n *big.Int) (key crlSerial) {
+	key[0] = byte(n.Sign() + 1)
+	if n.BitLen() <= 8*maxSerial {
+		n.FillBytes(key[1:])
+		return key
 	}
-	return "+" + string(n.Bytes())
+	key[0] |= 0x80
+	sum := sha256.Sum256(n.Bytes())
+	copy(key[1:], sum[:])
+	return key
 }
 
 // expired counts the lists that should have been replaced.

@@ -143,13 +143,15 @@ func TestID_CR02_InvalidFile(t *testing.T) {
 		}
 	}
 	idp, private := asn1.ObjectIdentifier{2, 5, 29, 28}, asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 55555, 1}
+	version1 := bytes.Replace(der, []byte{2, 1, 1, 0x30}, []byte{2, 1, 0, 0x30}, 1)
 	big160 := new(big.Int).Lsh(big.NewInt(1), 159)
 	for _, tt := range []struct {
 		name, want string
 		content    []byte
 	}{
 		{"text", "should be DER", []byte("this is no CRL")},
-		{"truncated DER", "malformed", der[:len(der)/2]},
+		{"truncated DER", "should be DER", der[:len(der)/2]},
+		{"version 1", "unsupported crl version", version1},
 		{"bytes after the DER", "1 bytes after the list", append(bytes.Clone(der), 0)},
 		{"two DER", "bytes after the list", append(bytes.Clone(der), der...)},
 		{"PEM of garbage", "block 1", pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: []byte("garbage")})},
