@@ -14,6 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 )
 
@@ -244,7 +245,8 @@ var stableMetrics = []string{
 // CheckHelp reports every family whose help text breaks the rule: it has the
 // word "unstable" unless the metric is one of the stable ones. Families of the
 // client library (go_*, process_*, promhttp_*) are exempt. It also reports those
-// that have one name in OpenMetrics.
+// that have one name in OpenMetrics, and counters whose name does not end in
+// _total: OpenMetrics 1.0 would know neither their type nor that name.
 func CheckHelp(g prometheus.Gatherer) error {
 	families, err := g.Gather()
 	errs := []error{err}
@@ -257,6 +259,9 @@ func CheckHelp(g prometheus.Gatherer) error {
 		seen[name] = true
 		if strings.HasPrefix(name, "go_") || strings.HasPrefix(name, "process_") || strings.HasPrefix(name, "promhttp_") {
 			continue
+		}
+		if f.GetType() == dto.MetricType_COUNTER && !strings.HasSuffix(f.GetName(), "_total") {
+			errs = append(errs, fmt.Errorf("the name of counter %s does not end in _total", f.GetName()))
 		}
 		stable, unstable := slices.Contains(stableMetrics, name), strings.Contains(f.GetHelp(), "unstable")
 		if stable == unstable {

@@ -34,17 +34,17 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	byProvider := []string{"provider"}
 	m := &Metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "istio_ca_requests", Help: "The number of requests to the backend of a certificate provider, by outcome (unstable)",
+			Name: "istio_ca_requests_total", Help: "The number of requests to the backend of a certificate provider, by outcome (unstable)",
 		}, []string{"provider", "outcome"}),
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "istio_ca_request_duration_seconds", Help: "The time of a request to the backend of a certificate provider; of a stream, to its first message (unstable)",
 			Buckets: []float64{.005, .025, .1, .25, .5, 1, 2.5, 5, 10, 30},
 		}, byProvider),
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "istio_ca_renewals", Help: "The number of certificates that replaced an earlier one of the same workload (unstable)",
+			Name: "istio_ca_renewals_total", Help: "The number of certificates that replaced an earlier one of the same workload (unstable)",
 		}, byProvider),
 		reconnects: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "istio_ca_stream_reconnects", Help: "The number of streams of a certificate provider that were opened anew (unstable)",
+			Name: "istio_ca_stream_reconnects_total", Help: "The number of streams of a certificate provider that were opened anew (unstable)",
 		}, byProvider),
 	}
 	r.MustRegister(m.requests, m.latency, m.renewals, m.reconnects)

@@ -62,9 +62,9 @@ func TestRequestOutcomes(t *testing.T) {
 	p.Reconnected()
 	got := samples(t, r)
 	for name, want := range map[string]float64{
-		"istio_ca_requests{ok,x}": 1, "istio_ca_requests{denied,x}": 1, "istio_ca_requests{config,x}": 1,
-		"istio_ca_requests{timeout,x}": 1, "istio_ca_requests{error,x}": 1, "istio_ca_requests{rejected,x}": 0,
-		"istio_ca_request_duration_seconds{x}": 5, "istio_ca_stream_reconnects{x}": 1, "istio_ca_renewals{x}": 0,
+		"istio_ca_requests_total{ok,x}": 1, "istio_ca_requests_total{denied,x}": 1, "istio_ca_requests_total{config,x}": 1,
+		"istio_ca_requests_total{timeout,x}": 1, "istio_ca_requests_total{error,x}": 1, "istio_ca_requests_total{rejected,x}": 0,
+		"istio_ca_request_duration_seconds{x}": 5, "istio_ca_stream_reconnects_total{x}": 1, "istio_ca_renewals_total{x}": 0,
 	} {
 		if v, ok := got[name]; !ok || v != want {
 			t.Errorf("%s = %v (present %v), want %v", name, v, ok, want)
@@ -99,7 +99,7 @@ func TestManagerMetrics(t *testing.T) {
 		got := samples(t, r)
 		for name, want := range map[string]float64{
 			"istio_ca_certificates{x,pending}": 0, "istio_ca_certificates{x,available}": 1,
-			"istio_ca_renewals{x}": 2, "istio_ca_soonest_expiry_timestamp_seconds{x}": float64(until.Unix()),
+			"istio_ca_renewals_total{x}": 2, "istio_ca_soonest_expiry_timestamp_seconds{x}": float64(until.Unix()),
 		} {
 			if got[name] != want {
 				t.Errorf("%s = %v, want %v", name, got[name], want)

@@ -166,7 +166,7 @@ type bare string
 
 func (b bare) String() string { return string(b) }
 
-// The values of the label reason of istio_tcp_connections_rejected.
+// The values of the label reason of istio_tcp_connections_rejected_total.
 const (
 	rejectSelfCall        = "self_call"
 	rejectUnknownWorkload = "unknown_workload"

@@ -50,7 +50,7 @@ var trafficLabels = []string{
 // NewMetrics makes the families and registers them.
 func NewMetrics(r prometheus.Registerer, cfg MetricsConfig) *Metrics {
 	vec := func(name, help string, labels ...string) *prometheus.CounterVec {
-		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name + "_total", Help: help}, labels)
 	}
 	m := &Metrics{
 		traffic: metric.NewSet(
@@ -70,7 +70,7 @@ func NewMetrics(r prometheus.Registerer, cfg MetricsConfig) *Metrics {
 		revoked:   vec("istio_crl_policy_rejections", "The number of handshakes refused and tunnels ended because a certificate of the peer is revoked (unstable)", "reporter"),
 		untracked: vec("istio_crl_untracked_connections", "The number of tunnels to which the revocation lists could not be applied (unstable)", "reporter"),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "istio_panics", Help: "The number of panics that ended one connection only (unstable)",
+			Name: "istio_panics_total", Help: "The number of panics that ended one connection only (unstable)",
 		}),
 	}
 	r.MustRegister(m.traffic, m.sockets, m.rejected, m.resets, m.missing, m.revoked, m.untracked, m.panics)

@@ -163,7 +163,7 @@ func (w *world) outcome(name string) float64 {
 		w.t.Fatal(err)
 	}
 	for _, f := range families {
-		if f.GetName() != "istio_ca_requests" {
+		if f.GetName() != "istio_ca_requests_total" {
 			continue
 		}
 		for _, m := range f.GetMetric() {

@@ -46,7 +46,7 @@ func newCAConfigWatch(cfg *Config, readFile func(string) ([]byte, error), regist
 		cfg: cfg, readFile: readFile, watch: filewatch.New(cfg.CA.ConfigFile),
 		providers: cfg.CA.Providers, routes: cfg.CA.Routes,
 		loads: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "istio_ca_config_loads", Help: "The number of attempts to load the configuration of the certificate providers, by outcome (unstable)",
+			Name: "istio_ca_config_loads_total", Help: "The number of attempts to load the configuration of the certificate providers, by outcome (unstable)",
 		}, []string{"outcome"}),
 	}
 	registry.MustRegister(w.loads)

@@ -187,7 +187,7 @@ func TestLiveMove(t *testing.T) {
 	if _, body := get(t, "http://"+d.client.adminAddr()+"/config_dump"); !strings.Contains(body, `"caConfigError": "`+client.path) && !strings.Contains(body, `"caConfigError":"`+client.path) {
 		t.Error("the dump does not say why the file was not loaded")
 	}
-	if got := d.client.sample(t, "istio_ca_config_loads", `outcome="error"`); got != 1 {
+	if got := d.client.sample(t, "istio_ca_config_loads_total", `outcome="error"`); got != 1 {
 		t.Errorf("istio_ca_config_loads = %v errors, want 1", got)
 	}
 	if got := d.client.logs.String(); strings.Count(got, "CA_CONFIG not loaded, the last good one stays") != 1 {

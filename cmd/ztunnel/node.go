@@ -117,7 +117,7 @@ func (n *node) newManager(t trust, kinds map[string]backend) error {
 // countTolerated shows the certificates that only compatible mode accepts.
 func countTolerated(registry *prometheus.Registry) func(rule string) {
 	tolerated := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "istio_svid_compatible_accept", Help: "The number of peer certificates accepted although they break a SPIFFE rule (unstable)",
+		Name: "istio_svid_compatible_accept_total", Help: "The number of peer certificates accepted although they break a SPIFFE rule (unstable)",
 	}, []string{"rule"})
 	registry.MustRegister(tolerated)
 	return func(rule string) { tolerated.WithLabelValues(rule).Inc() }
@@ -131,7 +131,7 @@ func (n *node) loadCRLs(registry *prometheus.Registry) {
 		return
 	}
 	loads := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "istio_crl_loads", Help: "The number of attempts to load the certificate revocation lists, by outcome (unstable)",
+		Name: "istio_crl_loads_total", Help: "The number of attempts to load the certificate revocation lists, by outcome (unstable)",
 	}, []string{"outcome"})
 	registry.MustRegister(loads)
 	lists := crlConfig(n.cfg)
@@ -152,7 +152,7 @@ func (n *node) loadCRLs(registry *prometheus.Registry) {
 // registerLog shows the lines that the log's output did not take.
 func registerLog(registry *prometheus.Registry, log *zlog.Log) {
 	registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
-		Name: "istio_log_lines_dropped", Help: "The number of log lines that could not be written (unstable)",
+		Name: "istio_log_lines_dropped_total", Help: "The number of log lines that could not be written (unstable)",
 	}, func() float64 { return float64(log.Dropped()) }))
 }
 
@@ -164,7 +164,7 @@ func (n *node) loadState(registry *prometheus.Registry) error {
 		return nil
 	}
 	loads := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "istio_local_config_loads", Help: "The number of attempts to load the local configuration, by outcome (unstable)",
+		Name: "istio_local_config_loads_total", Help: "The number of attempts to load the local configuration, by outcome (unstable)",
 	}, []string{"outcome"})
 	registry.MustRegister(loads)
 	world := worldConfig(n.cfg)
@@ -204,7 +204,7 @@ func (n *node) watchTunnels(c *hbone.Config, registry *prometheus.Registry) {
 // registerStats shows what the tunnels count.
 func registerStats(registry *prometheus.Registry, s *hbone.Stats, b *hbone.Budget) {
 	counter := func(name, help string, read func() uint64) {
-		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help + " (unstable)"},
+		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name + "_total", Help: help + " (unstable)"},
 			func() float64 { return float64(read()) }))
 	}
 	counter("istio_hbone_panics", "The number of panics that ended one tunnel or stream only", s.Panics.Load)
