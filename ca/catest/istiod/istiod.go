@@ -91,6 +91,7 @@ type Server struct {
 	distrust bool
 	extra    []*x509.Certificate
 	conns    map[net.Conn]struct{}
+	cert     *tls.Certificate // of the server; nil without TLS
 }
 
 // New makes a server whose own certificate is signed by cfg.CA.
@@ -111,24 +112,39 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Plaintext {
 		s.grpc = grpc.NewServer()
 	} else {
-		cert, err := serverCertificate(cfg)
-		if err != nil {
-			return nil, fmt.Errorf("fake istiod: %w", err)
+		if err := s.SetServerCA(cfg.CA); err != nil {
+			return nil, err
 		}
 		s.grpc = grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{
-			Certificates: []tls.Certificate{cert},
-			MinVersion:   tls.VersionTLS12,
-			NextProtos:   []string{"h2"},
+			GetCertificate: s.certificate,
+			MinVersion:     tls.VersionTLS12,
+			NextProtos:     []string{"h2"},
 		})))
 	}
 	securityapi.RegisterIstioCertificateServiceServer(s.grpc, s)
 	return s, nil
 }
 
-func serverCertificate(cfg Config) (tls.Certificate, error) {
+// SetServerCA gives the server a certificate of c, for connections from now on.
+func (s *Server) SetServerCA(c *local.CA) error {
+	cert, err := serverCertificate(c, s.cfg.Hosts)
+	if err != nil {
+		return fmt.Errorf("fake istiod: %w", err)
+	}
+	s.set(func() { s.cert = cert })
+	return nil
+}
+
+func (s *Server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cert, nil
+}
+
+func serverCertificate(authority *local.CA, hosts []string) (*tls.Certificate, error) {
 	names := []string{"localhost", "istiod.istio-system.svc", "istiod.istio-system"}
 	addrs := []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
-	for _, h := range cfg.Hosts {
+	for _, h := range hosts {
 		if a, err := netip.ParseAddr(h); err == nil {
 			addrs = append(addrs, a)
 		} else {
@@ -137,13 +153,13 @@ func serverCertificate(cfg Config) (tls.Certificate, error) {
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return tls.Certificate{}, err
+		return nil, err
 	}
-	leaf, err := cfg.CA.SignServer(key.Public(), names, addrs)
+	leaf, err := authority.SignServer(key.Public(), names, addrs)
 	if err != nil {
-		return tls.Certificate{}, err
+		return nil, err
 	}
-	return tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key, Leaf: leaf}, nil
+	return &tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key, Leaf: leaf}, nil
 }
 
 // Serve accepts on l until Stop, be it before; it closes l.
@@ -253,7 +269,7 @@ func (s *Server) override(ctx context.Context, r *Reply) (done bool, out *securi
 			return true, nil, err
 		}
 		if r.Break {
-			s.breakConnections()
+			s.DropConnections()
 		}
 		<-ctx.Done()
 		return true, nil, status.FromContextError(ctx.Err()).Err()
@@ -265,7 +281,8 @@ func (s *Server) override(ctx context.Context, r *Reply) (done bool, out *securi
 	return false, nil, nil
 }
 
-func (s *Server) breakConnections() {
+// DropConnections closes all connections.
+func (s *Server) DropConnections() {
 	s.mu.Lock()
 	conns := slices.Collect(maps.Keys(s.conns))
 	s.mu.Unlock()
