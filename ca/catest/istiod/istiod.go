@@ -229,6 +229,9 @@ func (s *Server) Requests() []Request {
 	return append([]Request(nil), s.requests...)
 }
 
+// Forget forgets the requests so far.
+func (s *Server) Forget() { s.set(func() { s.requests = nil }) }
+
 // CreateCertificate implements the service.
 func (s *Server) CreateCertificate(ctx context.Context, in *securityapi.IstioCertificateRequest) (*securityapi.IstioCertificateResponse, error) {
 	req, err := s.read(ctx, in)

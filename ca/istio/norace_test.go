@@ -1,0 +1,5 @@
+//go:build !race
+
+package istio_test
+
+const raceEnabled = false
