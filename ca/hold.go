@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // view is what a lease can see. It is immutable.
@@ -163,7 +165,9 @@ func (h *hold) publish(v *view) {
 	}
 }
 
-// watchBundles watches the anchors of all providers but the hold's own.
+// watchBundles watches the anchors of all providers but the hold's own. One that
+// takes the place of another of its name, with other settings, begins with what is
+// known of that one: tunnels would end while it connects.
 func (h *hold) watchBundles(all []Provider) {
 	if h.ctx == nil || h.ctx.Err() != nil {
 		return
@@ -173,11 +177,13 @@ func (h *hold) watchBundles(all []Provider) {
 		listed[p] = p != h.key.provider
 	}
 	changed := false
+	known := make(map[string]*Bundles) // by name
 	for p, w := range h.extra {
 		if !listed[p] {
 			w.cancel()
 			delete(h.extra, p)
 			changed = changed || w.latest != nil
+			known[p.Name()] = w.latest
 		}
 	}
 	for p, other := range listed {
@@ -185,7 +191,7 @@ func (h *hold) watchBundles(all []Provider) {
 			continue
 		}
 		ctx, cancel := context.WithCancel(h.ctx)
-		w := &bundleWatch{cancel: cancel}
+		w := &bundleWatch{cancel: cancel, latest: known[p.Name()]}
 		h.extra[p] = w
 		h.m.tasks.Go(func() { h.watchBundlesOf(ctx, p, w) })
 	}
@@ -196,7 +202,9 @@ func (h *hold) watchBundles(all []Provider) {
 
 // inherit takes over what old knows of the anchors of the other providers, old's
 // own among them, as far as those have not spoken to h yet: a lease that moves
-// must not lose the trust that it has. It is called with the lock held.
+// must not lose the trust that it has. Of old's own it is the trust domain of its
+// SVID only: what the provider grants beyond goes with that SVID. It is called
+// with the lock held.
 func (h *hold) inherit(old *hold) {
 	changed := false
 	for p, w := range h.extra {
@@ -205,7 +213,8 @@ func (h *hold) inherit(old *hold) {
 		}
 		if p == old.key.provider {
 			if old.own != nil {
-				w.latest = old.own.Bundles
+				td := old.own.ID.TrustDomain()
+				w.latest = NewBundles(map[spiffeid.TrustDomain][]Anchor{td: old.own.Bundles.Anchors(td)})
 			}
 		} else if known := old.extra[p]; known != nil {
 			w.latest = known.latest

@@ -326,7 +326,9 @@ func TestMoveKeepsTrust(t *testing.T) {
 		from, third, to := mute{catest.NewProvider("from")}, catest.NewProvider("third"), catest.NewProvider("to")
 		oldCA, thirdCA, newCA := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
 		ref := ca.WorkloadRef{ID: web}
-		from.Set(from.Key(ref), available(oldCA.SVID(t, web)))
+		// The old one grants the workload a federated trust domain, too.
+		federated := catest.NewCA(t, "other.test")
+		from.Set(from.Key(ref), available(oldCA.SVIDWith(t, web, ca.Union(oldCA.Bundles(ca.Strict), federated.Bundles(ca.Strict)))))
 		to.Set(to.Key(ref), available(newCA.SVID(t, web)))
 		third.SetBundles(thirdCA.Bundles(ca.Strict))
 		m := catest.RunManager(t, catest.Fixed{from, third}, ca.ManagerConfig{})
@@ -349,16 +351,61 @@ func TestMoveKeepsTrust(t *testing.T) {
 				}
 			}
 		}
-		// The third one falls silent, too: what is known of it must go along.
-		silent := mute{third}
 		m.Replace(catest.Fixed{to, from, third})
 		trusts("after the move", true)
 		svid, _ := now(t, l)
 		if _, err := ca.VerifySVID([]*x509.Certificate{svid.Cert.Leaf}, newCA.Bundles(ca.Strict), ca.VerifyOptions{}); err != nil {
 			t.Errorf("the lease has not moved: %v", err)
 		}
-		m.Replace(catest.Fixed{to, silent})
-		trusts("the old one is no longer listed, and the third is another", false)
+		if svid.Bundles.Has(federated.TrustDomain) {
+			t.Error("what the old provider granted with its SVID outlives that")
+		}
+		m.Replace(catest.Fixed{to})
+		trusts("the others are no longer listed", false)
+	})
+}
+
+// TestNewSettingsKeepTrust: a provider that takes the place of another of its name
+// is trusted with what that one had said, until it speaks itself.
+func TestNewSettingsKeepTrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		own, side, next := catest.NewProvider("own"), catest.NewProvider("side"), catest.NewProvider("side")
+		td, was, is := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
+		ref := ca.WorkloadRef{ID: web}
+		own.Set(own.Key(ref), available(td.SVID(t, web)))
+		side.SetBundles(was.Bundles(ca.Strict))
+		m := catest.RunManager(t, catest.Fixed{own, side}, ca.ManagerConfig{})
+		l := m.Acquire(ref)
+		defer l.Release()
+		before, err := now(t, l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		changed := l.Changed()
+		m.Replace(catest.Fixed{own, next})
+		if after, err := now(t, l); err != nil || after != before {
+			t.Errorf("before it speaks: %v, %v, want what was", after, err)
+		}
+		select {
+		case <-changed:
+			t.Error("the change was visible")
+		default:
+		}
+		next.SetBundles(is.Bundles(ca.Strict))
+		svid, err := now(t, l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for c, want := range map[*catest.CA]bool{was: false, is: true} {
+			peer, _ := c.Leaf(t, other.String())
+			if _, err := ca.VerifySVID(peer, svid.Bundles, ca.VerifyOptions{}); (err == nil) != want {
+				t.Errorf("after it spoke: %v, want trusted: %v", err, want)
+			}
+		}
+		m.Replace(catest.Fixed{own})
+		if after, err := now(t, l); err != nil || len(after.Bundles.Anchors(td.TrustDomain)) != 1 {
+			t.Errorf("without it: %v, %v, want one anchor", after, err)
+		}
 	})
 }
 
