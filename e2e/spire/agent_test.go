@@ -29,8 +29,8 @@ type agent struct {
 // agentOptions are what tests vary.
 type agentOptions struct {
 	delegate string // SPIFFE ID in authorized_delegates; "" = that of the proxies
-	noBroker bool   // without the broker endpoint
-	brokers  string // SPIFFE ID that may use it; "" = that of the proxies
+	broker   string // SPIFFE ID that may use the broker endpoint; "" = that of the proxies
+	noPods   bool   // the broker endpoint takes no references to pods
 	late     bool   // do not start it yet
 }
 
@@ -91,12 +91,14 @@ const brokerEndpoint = `
           id = "%s"
           allowed_reference_types = [
             { type_url = "type.googleapis.com/spiffe.broker.WorkloadPIDReference" },
-            { type_url = "type.googleapis.com/spiffe.broker.KubernetesObjectReference" },
+            %s
           ]
         },
       ]
     }
 `
+
+const podReferences = `{ type_url = "type.googleapis.com/spiffe.broker.KubernetesObjectReference" },`
 
 // newAgent makes an agent of server s for the test, and starts it.
 func newAgent(t *testing.T, s *server, o agentOptions) *agent {
@@ -126,14 +128,15 @@ func (a *agent) configure(o agentOptions) {
 	if o.delegate == "" {
 		o.delegate = proxy
 	}
-	if o.brokers == "" {
-		o.brokers = proxy
+	if o.broker == "" {
+		o.broker = proxy
 	}
-	endpoint := ""
-	if !o.noBroker {
-		endpoint = fmt.Sprintf(brokerEndpoint, a.dir, o.brokers)
+	references := podReferences
+	if o.noPods {
+		references = ""
 	}
-	config := fmt.Appendf(nil, agentConfig, a.dir, a.port, a.domain, o.delegate, endpoint, a.kubelet.port, o.brokers)
+	endpoint := fmt.Sprintf(brokerEndpoint, a.dir, o.broker, references)
+	config := fmt.Appendf(nil, agentConfig, a.dir, a.port, a.domain, o.delegate, endpoint, a.kubelet.port, o.broker)
 	if err := os.WriteFile(filepath.Join(a.dir, "agent.conf"), config, 0o600); err != nil {
 		a.t.Fatal(err)
 	}
@@ -153,7 +156,7 @@ func (a *agent) start() {
 		a.t.Fatalf("the agent does not start: %v", err)
 	}
 	world.Eventually(a.t, ctx, 10*time.Second, func() error {
-		for _, path := range []string{a.workloadSocket(), a.adminSocket()} {
+		for _, path := range []string{a.workloadSocket(), a.adminSocket(), a.brokerSocket()} {
 			c, err := net.Dial("unix", path)
 			if err != nil {
 				return err

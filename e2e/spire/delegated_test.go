@@ -17,11 +17,7 @@ func TestDelegated_Traffic(t *testing.T) {
 	m.entries()
 	m.launchDelegated()
 	m.checkTraffic()
-	for _, s := range m.sides() {
-		if c := s.await("Available", ""); c.Provider != "spire-delegated" || c.roots != 1 {
-			t.Errorf("%s: provider %s with %d roots, want spire-delegated with 1", c.Identity, c.Provider, c.roots)
-		}
-	}
+	m.checkProvider("spire-delegated")
 }
 
 // Workloads by their process instead: its path is what the entries select.
@@ -140,11 +136,7 @@ func TestDelegated_CallerNotAuthorized(t *testing.T) {
 		s.await("Unavailable", "add the proxy's SPIFFE ID to authorized_delegates of the agent")
 	}
 	m.refuses()
-	for _, s := range m.sides() {
-		s.kill()
-		s.configure(agentOptions{})
-		s.start()
-	}
+	m.reconfigure(agentOptions{})
 	m.awaitAvailable()
 	m.checkTraffic()
 }
@@ -177,20 +169,11 @@ func TestFault_109_EntryDeleted(t *testing.T) {
 				ids[s] = s.entry(s.podEntry())
 			}
 			m.launchDelegated("SVID_WITHDRAW_GRACE=2s")
-			f := m.openFleet(20, 200*time.Millisecond)
 			s := m.client
 			if victim == "destination" {
 				s = m.server
 			}
-			s.deleteEntry(t, ids[s])
-			s.await("Unavailable", "no SPIRE entry for this agent matches the selectors")
-			s.awaitWarning("SPIRE took the identity back")
-			f.allLost(5 * time.Second)
-			m.refuses()
-			s.entry(s.podEntry())
-			s.await("Available", "")
-			m.works()
-			m.checkTraffic()
+			m.loses(s, ids[s], s.podEntry())
 		})
 	}
 }

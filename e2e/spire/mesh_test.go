@@ -113,6 +113,30 @@ func (s *side) delegated(env ...string) []string {
 	}, env...)
 }
 
+// broker is the environment of the SPIFFE Broker API.
+func (s *side) broker(env ...string) []string {
+	return append([]string{
+		"CA_PROVIDER=spire-broker", "SPIFFE_BROKER_SOCKET=" + s.brokerSocket(),
+		"SPIFFE_BROKER_WORKLOAD_API_SOCKET=" + s.workloadSocket(),
+		"SPIFFE_BROKER_WORKLOAD_API_SPIFFE_ID=spiffe://" + s.domain + proxyPath,
+		"POD_UID=" + s.uid, "DEFAULT_TRUST_DOMAIN=" + s.domain,
+	}, env...)
+}
+
+// workload is the environment of the Workload API.
+func (s *side) workload(env ...string) []string {
+	return append([]string{
+		"CA_PROVIDER=spire-workload", "SPIFFE_ENDPOINT_SOCKET=unix://" + s.workloadSocket(), "DEFAULT_TRUST_DOMAIN=" + s.domain,
+	}, env...)
+}
+
+// selfEntry registers the proxy as its workload: what the Workload API gives.
+func (s *side) selfEntry() entry {
+	e := s.podEntry()
+	e.selectors = s.proxySelectors()
+	return e
+}
+
 // launch starts the proxy of the node and waits until its data path stands,
 // which does not say that it has a certificate.
 func (s *side) launch(env []string) *world.Proxy {
@@ -137,10 +161,27 @@ func (s *side) proxy() *world.Proxy {
 // launchDelegated starts both proxies and waits for their certificates.
 func (m *mesh) launchDelegated(env ...string) {
 	m.T.Helper()
-	for _, s := range m.sides() {
-		s.launch(s.delegated(env...))
-	}
+	m.launch((*side).delegated, env...)
 	m.awaitAvailable()
+}
+
+// launch starts both proxies on one provider.
+func (m *mesh) launch(provider func(*side, ...string) []string, env ...string) {
+	m.T.Helper()
+	for _, s := range m.sides() {
+		s.launch(provider(s, env...))
+	}
+}
+
+// checkProvider looks at who issued the certificates, and whose roots are
+// believed: those of SPIRE alone.
+func (m *mesh) checkProvider(name string) {
+	m.T.Helper()
+	for _, s := range m.sides() {
+		if c := s.await("Available", ""); c.Provider != name || c.roots != 1 {
+			m.T.Errorf("%s: provider %s with %d roots, want %s with 1", c.Identity, c.Provider, c.roots, name)
+		}
+	}
 }
 
 func (m *mesh) awaitAvailable() {
@@ -239,6 +280,18 @@ func (s *side) awaitWithin(limit time.Duration, state, reason string) (c certifi
 		return nil
 	})
 	return c
+}
+
+// awaitReason waits for a reason, whatever the state.
+func (s *side) awaitReason(reason string) {
+	s.m.T.Helper()
+	world.Eventually(s.m.T, s.m.Ctx, 20*time.Second, func() error {
+		c, err := s.own()
+		if err == nil && (c.State == "Available" || !strings.Contains(c.Reason, reason)) {
+			err = fmt.Errorf("%s of %s: %s (%s), want …%s…", c.Identity, s.proxy().Name, c.State, c.Reason, reason)
+		}
+		return err
+	})
 }
 
 // awaitRenewal waits for another certificate than the one with this serial.
