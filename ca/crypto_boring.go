@@ -15,3 +15,8 @@ func boringActive() bool { return boring.Enabled() }
 
 // postQuantum tells whether X25519MLKEM768 can be negotiated.
 const postQuantum = false
+
+// What BoringCrypto may use, as crypto/tls has it.
+const approvedEd25519 = false
+
+func approvedRSA(bits int) bool { return bits == 2048 || bits == 3072 || bits == 4096 }

@@ -1,11 +1,21 @@
 package ca_test
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"math/big"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/cpu"
@@ -257,6 +267,64 @@ func TestCryptoNegotiated(t *testing.T) {
 					t.Errorf("negotiated %+v at the client, %+v at the server, want %+v", got, outcome(ss), want)
 				}
 			})
+		}
+	}
+}
+
+// TestCryptoKeys: a FIPS module refuses chains with keys that it may not use, as
+// crypto/tls would if it verified them.
+func TestCryptoKeys(t *testing.T) {
+	facts := factsOf(t, ca.CryptoProvider())
+	p224, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	short, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	long, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, ed, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		key  crypto.Signer
+		want bool
+	}{
+		{"P-224", p224, !ca.FIPS()}, {"P-384", p384, true}, {"RSA 1024", short, !ca.FIPS()}, {"RSA 2048", long, true},
+		{"Ed25519", ed, facts.hybrid}, // BoringCrypto has neither
+	} {
+		root := catest.NewCA(t, "td.test")
+		root.Key = tt.key
+		now := time.Now()
+		template := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root with " + tt.name}, NotBefore: now.Add(-time.Minute), NotAfter: now.Add(time.Hour),
+			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, tt.key.Public(), tt.key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if root.Cert, err = x509.ParseCertificate(der); err != nil {
+			t.Fatal(err)
+		}
+		root.Root = root.Cert
+		chain, _ := root.Leaf(t, web.String())
+		want := map[bool]string{true: "", false: "FIPS"}[tt.want]
+		if _, err := ca.VerifySVID(chain, root.Bundles(ca.Strict), ca.VerifyOptions{}); rule(t, err) != want {
+			t.Errorf("root with %s: got %v, want refusal by %q", tt.name, err, want)
+		}
+		if _, err := ca.VerifyForm(append(chain, root.Root), ca.VerifyOptions{}); rule(t, err) != want {
+			t.Errorf("form, root with %s: got %v, want refusal by %q", tt.name, err, want)
 		}
 	}
 }

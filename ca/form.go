@@ -33,6 +33,9 @@ func VerifyForm(chain []*x509.Certificate, opts VerifyOptions) (Verified, error)
 		}
 		var tolerated []string
 		if tolerated, err = judge(chain[0], signers, id, id.TrustDomain(), mode); err == nil {
+			err = checkKeys(path)
+		}
+		if err == nil {
 			opts.tolerate(tolerated)
 			return Verified{ID: id, Path: path, Mode: mode, At: opts.Now}, nil
 		}

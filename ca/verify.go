@@ -65,7 +65,7 @@ func (v Validation) mode(anchor Mode) Mode {
 
 // VerifyError is the refusal of a certificate.
 type VerifyError struct {
-	Rule   string // R1 to R30 of the SPIFFE standards, or V15 for the limits on size
+	Rule   string // R1 to R30 of the SPIFFE standards, V15 for the limits on size, FIPS for keys
 	Reason string
 }
 
@@ -237,6 +237,9 @@ func choosePath(id spiffeid.ID, paths [][]*x509.Certificate, anchors []Anchor, o
 				}
 				var tolerated []string
 				if tolerated, err = judge(path[0], path[1:len(path)-1], id, a.origin, want); err != nil {
+					continue
+				}
+				if err = checkKeys(path); err != nil {
 					continue
 				}
 				if opts.Revoked != nil {

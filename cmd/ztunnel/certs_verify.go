@@ -62,7 +62,7 @@ func (a *app) newCertsVerifyCommand() *cobra.Command {
 		Short: "Name the SPIFFE rule that a certificate breaks",
 		Long: `Judge an X.509 certificate chain as a proxy judges its peers: FILE holds it in PEM, leaf
 first; - is standard input. Named is the rule (R1 to R30 of the SPIFFE standards, V15 for
-the limits on size) that refuses it, strictly and as the compatible mode would
+the limits on size, FIPS for keys that this build may not use) that refuses it, strictly and as the compatible mode would
 (SVID_VALIDATION), as a client and as a server.
 
 With --bundle, certificates in PEM or a SPIFFE bundle in JSON, the chain must lead to it.
