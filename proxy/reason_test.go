@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"os"
 	"syscall"
 	"testing"
@@ -17,6 +18,7 @@ import (
 // The table of spec/datapath.md §10.6.
 func TestReason(t *testing.T) {
 	refused := syscall.ECONNREFUSED
+	revoked := &ca.RevokedError{Serial: big.NewInt(1), Issuer: "CN=x"}
 	for _, tt := range []struct {
 		name       string
 		err        error
@@ -26,6 +28,12 @@ func TestReason(t *testing.T) {
 		{"denied by a policy", &state.Denied{Policy: "ns/p"}, "connection closed due to policy rejection: explicitly denied by: ns/p", "DENY"},
 		{"no policy allows", &state.Denied{}, "connection closed due to policy rejection: allow policies exist, but none allowed", "DENY"},
 		{"late denial", directionError{"send", fmt.Errorf("x: %w", ErrPolicyChanged)}, "connection closed due to policy change", "DENY"},
+		{"revoked", directionError{"receive", fmt.Errorf("%w: serial", ErrCertificateRevoked)}, ErrCertificateRevoked.Error(), "CERT_REVOKED"},
+		{"revoked outweighs a denial", errors.Join(ErrPolicyChanged, ErrCertificateRevoked), ErrCertificateRevoked.Error(), "CERT_REVOKED"},
+		{"revoked before the answer", &openError{&hbone.ConnError{Err: ErrCertificateRevoked}}, ErrCertificateRevoked.Error(), "CERT_REVOKED"},
+		{"revoked at the handshake", &openError{&hbone.HandshakeError{Err: revoked}}, "io error: tls handshake: " + revoked.Error(), "CERT_REVOKED"},
+		{"anchor removed", fmt.Errorf("%w: R29", errAnchorRemoved), errAnchorRemoved.Error() + ": R29", "TLS_FAILURE"},
+		{"identity withdrawn", fmt.Errorf("%w: no entry", errIdentityWithdrawn), errIdentityWithdrawn.Error() + ": no entry", "IDENTITY_ERROR"},
 		{"drain deadline", ErrDraining, "connection closed due to connection drain", "-"},
 		{"drain deadline while connecting", &upstreamError{ErrDraining}, "connection closed due to connection drain", "-"},
 		{"certificate", &identityError{ca.ErrDenied}, "identity error: " + ca.ErrDenied.Error(), "IDENTITY_ERROR"},
