@@ -49,8 +49,9 @@ type writer struct {
 	lossy bool
 	lost  atomic.Uint64
 
-	start time.Time
-	moved atomic.Int64 // since start: the output last took something, or began to be asked to
+	start   time.Time
+	moved   atomic.Int64 // since start: the output last took something, or began to be asked to
+	writing atomic.Bool  // it is being asked to
 
 	queue   chan *buffer
 	closing sync.Once
@@ -127,8 +128,14 @@ func (w *writer) enqueue(b *buffer) bool {
 	}
 }
 
-// still is how long the output has taken nothing of what it was given.
-func (w *writer) still() time.Duration { return time.Since(w.start) - time.Duration(w.moved.Load()) }
+// still is how long the output has taken nothing of what it was given. Between
+// two writes it has nothing to take, whatever waits in the queue.
+func (w *writer) still() time.Duration {
+	if !w.writing.Load() {
+		return 0
+	}
+	return time.Since(w.start) - time.Duration(w.moved.Load())
+}
 
 func (w *writer) move() { w.moved.Store(int64(time.Since(w.start))) }
 
@@ -192,9 +199,11 @@ func (w *writer) run() {
 			vector = append(vector, b.b)
 		}
 		w.move() // before this the output had nothing to take
+		w.writing.Store(true)
 		if left := writeAll(w.tracked, vector); left > 0 {
 			w.lost.Add(uint64(left))
 		}
+		w.writing.Store(false)
 		for _, b := range lines {
 			b.free()
 		}
