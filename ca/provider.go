@@ -57,8 +57,8 @@ type Provider interface {
 	Run(ctx context.Context) error
 	// Key is pure and does not block.
 	Key(WorkloadRef) Key
-	// Watch reports every change for w, from one goroutine, one call at a time.
-	// It returns only when ctx ends. A denial is an event and is retried. It may
+	// Watch reports every change for w, one call at a time, and none after it has
+	// returned. It returns only when ctx ends. A denial is an event and is retried. It may
 	// depend only on what Key keeps of w.
 	Watch(ctx context.Context, w WorkloadRef, update func(Event)) error
 	// WatchBundles reports the bundles that this provider contributes for w,

@@ -23,10 +23,13 @@ type board struct {
 	anchors    map[spiffeid.TrustDomain][]ca.Anchor
 	all        *ca.Bundles // the same, to compare with
 	err        error       // why there are none yet
-	changed    chan struct{}
 	generation uint64
+	readers    map[*reader]struct{}
 	cut        map[string]*excerpt // by the names of its trust domains
 }
+
+// reader wants to know of changes.
+type reader struct{ changed func() }
 
 // excerpt is the part of the board that some workloads share.
 type excerpt struct {
@@ -35,7 +38,7 @@ type excerpt struct {
 }
 
 func newBoard() *board {
-	return &board{again: make(chan struct{}, 1), changed: make(chan struct{}), cut: make(map[string]*excerpt)}
+	return &board{again: make(chan struct{}, 1), readers: make(map[*reader]struct{}), cut: make(map[string]*excerpt)}
 }
 
 // errNoBundles is the state before the first message.
@@ -45,24 +48,53 @@ var errNoBundles = errors.New("the agent has not sent its bundles yet")
 func (b *board) set(anchors map[spiffeid.TrustDomain][]ca.Anchor) {
 	all := ca.NewBundles(anchors)
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	b.err = nil
-	if b.all != nil && b.all.Equal(all) {
-		return
+	changed := b.all == nil || !b.all.Equal(all)
+	if changed {
+		maps.DeleteFunc(b.cut, func(_ string, e *excerpt) bool { return e.generation != b.generation }) // nobody looked at it since
+		b.anchors, b.all = anchors, all
+		b.generation++
 	}
-	maps.DeleteFunc(b.cut, func(_ string, e *excerpt) bool { return e.generation != b.generation }) // nobody looked at it since
-	b.anchors, b.all = anchors, all
-	b.generation++
-	b.signal()
+	b.mu.Unlock()
+	if changed {
+		b.tell()
+	}
 }
 
 // fail notes why there are no bundles. What is shown stays.
 func (b *board) fail(err error) {
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.all == nil && text(b.err) != text(err) {
+	changed := b.all == nil && text(b.err) != text(err)
+	if changed {
 		b.err = err
-		b.signal()
+	}
+	b.mu.Unlock()
+	if changed {
+		b.tell()
+	}
+}
+
+// subscribe has changed called after each change, by the goroutine that makes
+// it, until stop has been called, and perhaps once more.
+func (b *board) subscribe(changed func()) (stop func()) {
+	r := &reader{changed}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.readers[r] = struct{}{}
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		delete(b.readers, r)
+	}
+}
+
+// tell tells the readers that something has changed.
+func (b *board) tell() {
+	b.mu.Lock()
+	readers := slices.Collect(maps.Keys(b.readers))
+	b.mu.Unlock()
+	for _, r := range readers {
+		r.changed()
 	}
 }
 
@@ -73,19 +105,6 @@ func (b *board) ask() {
 	case b.again <- struct{}{}:
 	default: // asked already
 	}
-}
-
-// signal is called with the lock held.
-func (b *board) signal() {
-	close(b.changed)
-	b.changed = make(chan struct{})
-}
-
-// changes is closed with the next change.
-func (b *board) changes() <-chan struct{} {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.changed
 }
 
 // bundles are those of own and of federates, as far as they are there. The only

@@ -80,27 +80,34 @@ func (d *delegated) Run(ctx context.Context) error {
 
 // Watch implements ca.Provider.
 func (d *delegated) Watch(ctx context.Context, w ca.WorkloadRef, update func(ca.Event)) error {
-	request, guard, err := d.request(w)
+	s, err := d.subscription(w)
 	if err != nil {
 		update(ca.Event{State: ca.Unavailable, Err: err})
 		<-ctx.Done()
 		return ctx.Err()
 	}
+	return s.watch(ctx, update)
+}
+
+func (d *delegated) subscription(w ca.WorkloadRef) (*subscription, error) {
+	request, _, err := d.request(w)
+	if err != nil {
+		return nil, err
+	}
 	what := "the agent knows no entry for the process of the workload"
 	if len(request.GetSelectors()) > 0 {
 		what = "no SPIRE entry for this agent matches the selectors " + selectorsText(request.GetSelectors())
 	}
-	s := &subscription{
+	return &subscription{
 		cfg: &d.cfg.Common, link: d.link, want: w.ID, board: d.board, explain: d.explain, nothing: what,
 		open: func(ctx context.Context, conn *grpc.ClientConn) (func() (*answer, error), error) {
-			return d.openSVIDs(ctx, conn, request, guard)
+			return d.openSVIDs(ctx, conn, w)
 		},
-	}
-	return s.watch(ctx, update)
+	}, nil
 }
 
-// request names w to the agent. guard, if not nil, says before and after each
-// answer whether the process is still the one that was named.
+// request names w to the agent. guard says before and after each answer whether
+// the process, if it names one, is still the same.
 func (d *delegated) request(w ca.WorkloadRef) (_ *delegatedv1.SubscribeToX509SVIDsRequest, guard func() error, err error) {
 	if d.cfg.ByPID {
 		p, err := newProcess(w)
@@ -113,12 +120,13 @@ func (d *delegated) request(w ca.WorkloadRef) (_ *delegatedv1.SubscribeToX509SVI
 	if err != nil {
 		return nil, nil, err
 	}
-	return &delegatedv1.SubscribeToX509SVIDsRequest{Selectors: selectors}, nil, nil
+	return &delegatedv1.SubscribeToX509SVIDsRequest{Selectors: selectors}, func() error { return nil }, nil
 }
 
-func (d *delegated) openSVIDs(ctx context.Context, conn *grpc.ClientConn, request *delegatedv1.SubscribeToX509SVIDsRequest, guard func() error) (func() (*answer, error), error) {
-	if guard == nil {
-		guard = func() error { return nil }
+func (d *delegated) openSVIDs(ctx context.Context, conn *grpc.ClientConn, w ca.WorkloadRef) (func() (*answer, error), error) {
+	request, guard, err := d.request(w)
+	if err != nil {
+		return nil, err
 	}
 	if err := guard(); err != nil {
 		return nil, err
@@ -183,9 +191,15 @@ func (d *delegated) openBundles(ctx context.Context, conn *grpc.ClientConn) (fun
 // operator trusts by listing the provider; federated ones are granted to single
 // workloads with their SVIDs.
 func (d *delegated) WatchBundles(ctx context.Context, _ ca.WorkloadRef, update func(*ca.Bundles)) error {
+	changed := make(chan struct{}, 1)
+	defer d.board.subscribe(func() {
+		select {
+		case changed <- struct{}{}:
+		default: // knows it already
+		}
+	})()
 	var said *ca.Bundles
 	for {
-		changed := d.board.changes()
 		if bundles, err := d.board.bundles(d.cfg.TrustDomain, nil); err == nil && bundles != said {
 			said = bundles
 			update(bundles)

@@ -4,7 +4,6 @@ import (
 	"crypto/x509"
 	"log/slog"
 	"testing"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -71,11 +70,9 @@ func checkAnswer(t *testing.T, a *answer, err error, board *board) {
 	j := &judge{
 		s:      &subscription{cfg: cfg, link: newLink(nil, nil), want: web.ID, board: board},
 		update: func(ev ca.Event) { said = append(said, ev) },
-		grace:  time.NewTimer(time.Hour),
 	}
-	defer j.grace.Stop()
-	j.take(t.Context(), report{answer: a, fresh: true})
-	j.decide(t.Context())
+	j.hear(t.Context(), func() { j.take(t.Context(), report{answer: a, fresh: true}) })
+	j.end()
 	for _, ev := range said {
 		if (ev.State == ca.Available) != (ev.SVID != nil) {
 			t.Fatalf("%v with %v", ev.State, ev.SVID)

@@ -1,0 +1,5 @@
+//go:build race
+
+package spire
+
+const raceEnabled = true
