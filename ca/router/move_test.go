@@ -28,6 +28,74 @@ func (s slow) Fetch(ctx context.Context, id spiffeid.ID) (*ca.SVID, error) {
 	}
 }
 
+func openCA(t *testing.T, name string) *local.CA {
+	c, err := local.Open(local.Config{Name: name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// liveNode is the certificates of one node, of two CAs.
+type liveNode struct {
+	t         *testing.T
+	manager   *ca.Manager
+	providers map[string]ca.Provider
+	leases    []*ca.Lease
+}
+
+// startNode acquires leases in the namespaces ns0 and ns1. The first CA is the
+// default.
+func startNode(t *testing.T, leases int, first, second *local.CA) *liveNode {
+	n := &liveNode{t: t, providers: map[string]ca.Provider{
+		"old": ca.Poll("old", slow{first}, ca.PollConfig{}), "new": ca.Poll("new", slow{second}, ca.PollConfig{}),
+	}}
+	n.manager = catest.RunManager(t, n.router("old", "new", ""), ca.ManagerConfig{})
+	for i := range leases {
+		namespace := fmt.Sprintf("ns%d", i%2)
+		id, err := ca.NewIdentity(first.TrustDomain(), namespace, fmt.Sprint("sa", i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := n.manager.Acquire(ca.WorkloadRef{ID: id, Namespace: namespace})
+		t.Cleanup(l.Release)
+		n.leases = append(n.leases, l)
+	}
+	return n
+}
+
+func (n *liveNode) router(first, second, routes string) ca.Router {
+	n.t.Helper()
+	var rules []router.Rule
+	if routes != "" {
+		var err error
+		if rules, err = router.Parse(routes); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	r, err := router.New([]ca.Provider{n.providers[first], n.providers[second]}, rules)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return r
+}
+
+// list moves the node.
+func (n *liveNode) list(first, second, routes string) {
+	n.manager.Replace(n.router(first, second, routes))
+}
+
+// issued counts the certificates in use, by issuer.
+func (n *liveNode) issued() map[string]int {
+	count := map[string]int{}
+	for _, s := range n.manager.Snapshot() {
+		if s.Leases > s.Arriving {
+			count[s.Provider]++
+		}
+	}
+	return count
+}
+
 // TestLiveMove: 200 leases of one node move between two CAs of their trust
 // domain and back, while peers on another node, which moves later, judge them
 // and are judged. Nobody is refused at any moment, nobody is without an SVID,
@@ -35,51 +103,8 @@ func (s slow) Fetch(ctx context.Context, id spiffeid.ID) (*ca.SVID, error) {
 func TestLiveMove(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const leases = 200
-		open := func(name string) *local.CA {
-			c, err := local.Open(local.Config{Name: name})
-			if err != nil {
-				t.Fatal(err)
-			}
-			return c
-		}
-		oldCA, newCA := open("old"), open("new")
-		type node struct {
-			manager *ca.Manager
-			leases  []*ca.Lease
-			list    func(first, second, routes string)
-		}
-		start := func() *node {
-			providers := map[string]ca.Provider{
-				"old": ca.Poll("old", slow{oldCA}, ca.PollConfig{}), "new": ca.Poll("new", slow{newCA}, ca.PollConfig{}),
-			}
-			make := func(first, second, routes string) ca.Router {
-				var rules []router.Rule
-				if routes != "" {
-					var err error
-					if rules, err = router.Parse(routes); err != nil {
-						t.Fatal(err)
-					}
-				}
-				r, err := router.New([]ca.Provider{providers[first], providers[second]}, rules)
-				if err != nil {
-					t.Fatal(err)
-				}
-				return r
-			}
-			n := &node{manager: catest.RunManager(t, make("old", "new", ""), ca.ManagerConfig{})}
-			n.list = func(first, second, routes string) { n.manager.Replace(make(first, second, routes)) }
-			for i := range leases {
-				namespace := fmt.Sprintf("ns%d", i%2)
-				id, err := ca.NewIdentity(oldCA.TrustDomain(), namespace, fmt.Sprint("sa", i))
-				if err != nil {
-					t.Fatal(err)
-				}
-				l := n.manager.Acquire(ca.WorkloadRef{ID: id, Namespace: namespace})
-				t.Cleanup(l.Release)
-				n.leases = append(n.leases, l)
-			}
-			return n
-		}
+		oldCA, newCA := openCA(t, "old"), openCA(t, "new")
+		start := func() *liveNode { return startNode(t, leases, oldCA, newCA) }
 		a, b := start(), start()
 		pass := func(d time.Duration) {
 			<-time.After(d)
@@ -109,25 +134,16 @@ func TestLiveMove(t *testing.T) {
 				}
 			}
 		})
-		issued := func(n *node) map[string]int {
-			count := map[string]int{}
-			for _, s := range n.manager.Snapshot() {
-				if s.Leases > s.Arriving {
-					count[s.Provider]++
-				}
-			}
-			return count
-		}
-		expect := func(when string, n *node, old, now int) {
+		expect := func(when string, n *liveNode, old, now int) {
 			t.Helper()
-			if got := issued(n); got["old"] != old || got["new"] != now {
+			if got := n.issued(); got["old"] != old || got["new"] != now {
 				t.Errorf("%s: %v, want %d of old and %d of new", when, got, old, now)
 			}
 		}
 		expect("begin", a, leases, 0)
 		a.list("new", "old", "")
 		pass(10 * time.Second)
-		if got := issued(a); got["old"] == 0 || got["new"] == 0 {
+		if got := a.issued(); got["old"] == 0 || got["new"] == 0 {
 			t.Errorf("in the middle: %v, want some of each", got)
 		}
 		pass(time.Minute)

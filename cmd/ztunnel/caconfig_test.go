@@ -274,3 +274,28 @@ func TestOpenWorkload(t *testing.T) {
 	_, err = openWorkload(cfg)
 	refused(t, err, "PROXY_WORKLOAD_PID", "must be the PID of a running process")
 }
+
+// TestWhoChoosesTheIdentity: in dedicated mode the Istio CA does (spec §2.4); every
+// other provider is held to the identity that was asked for, and so is the Istio
+// CA in shared mode.
+func TestWhoChoosesTheIdentity(t *testing.T) {
+	for _, mode := range []ProxyMode{ModeDedicated, ModeShared} {
+		cfg := mustParse(t, with("PROXY_MODE="+string(mode), "CA_PROVIDER="+strings.Join(providerTypes, ","), "POD_UID=u", "SPIFFE_BROKER_SOCKET=/b", "SPIFFE_ENDPOINT_SOCKET=/w"), nil)
+		trust, err := trustOf(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		set := &providerSet{cfg: cfg, trust: trust, backends: backends, log: slog.New(slog.DiscardHandler)}
+		r, fresh, err := set.router(cfg.CA.Providers, nil)
+		if err != nil || fresh != len(providerTypes) {
+			t.Fatalf("%d providers, %v", fresh, err)
+		}
+		for i, p := range r.All() {
+			free, ok := p.(interface{ AnyID() bool })
+			got, want := ok && free.AnyID(), mode == ModeDedicated && providerTypes[i] == providerIstio
+			if got != want || p.Name() != providerTypes[i] {
+				t.Errorf("%s: %s chooses the identity: %v, want %v", mode, p.Name(), got, want)
+			}
+		}
+	}
+}

@@ -23,26 +23,6 @@ func rootPEM(t *testing.T) string {
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Root().Raw}))
 }
 
-func TestProviderAliases(t *testing.T) {
-	for env, want := range map[string]string{
-		"CA_PROVIDER=istio_ca,spiffe_broker;SPIFFE_BROKER_SOCKET=/b;SPIFFE_ENDPOINT_SOCKET=/w;POD_UID=u": "istio,spire-broker",
-		"-CA_PROVIDER;SPIRE_ENABLED=true":              "spire-delegated",
-		"-CA_PROVIDER;USE_SPIRE=true":                  "spire-delegated",
-		"-CA_PROVIDER;FAKE_CA=true":                    "local",
-		"-CA_PROVIDER":                                 "istio",
-		"CA_PROVIDER= spire-delegated , istio , local": "spire-delegated,istio,local",
-	} {
-		c := mustParse(t, with(strings.Split(env, ";")...), nil)
-		if got := strings.Join(c.CA.names(), ","); got != want {
-			t.Errorf("%s: got %s, want %s", env, got, want)
-		}
-	}
-	c := mustParse(t, with("DEFAULT_TRUST_DOMAIN=mesh.example"), nil)
-	if want := "spiffe://mesh.example/ns/istio-system/sa/ztunnel"; c.CA.BrokerOwnID != want {
-		t.Errorf("identity towards the broker: got %q, want %q", c.CA.BrokerOwnID, want)
-	}
-}
-
 // TestCAFile: what the file says wins, what it does not say is inherited.
 func TestCAFile(t *testing.T) {
 	const text = `

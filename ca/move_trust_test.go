@@ -1,0 +1,110 @@
+package ca_test
+
+import (
+	"context"
+	"crypto/x509"
+	"testing"
+	"testing/synctest"
+
+	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/ca/catest"
+)
+
+// mute is a provider that says nothing of its bundles to those who ask.
+type mute struct{ *catest.Provider }
+
+func (mute) WatchBundles(ctx context.Context, _ ca.WorkloadRef, _ func(*ca.Bundles)) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// TestMoveKeepsTrust: the first SVID of the new provider already trusts those
+// of the old one, and of a third one, that are still listed; also when it was
+// there before they were asked.
+func TestMoveKeepsTrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		from, third, to := mute{catest.NewProvider("from")}, catest.NewProvider("third"), catest.NewProvider("to")
+		oldCA, thirdCA, newCA := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
+		ref := ca.WorkloadRef{ID: web}
+		// The old one grants the workload a federated trust domain, too.
+		federated := catest.NewCA(t, "other.test")
+		from.Set(from.Key(ref), available(oldCA.SVIDWith(t, web, ca.Union(oldCA.Bundles(ca.Strict), federated.Bundles(ca.Strict)))))
+		to.Set(to.Key(ref), available(newCA.SVID(t, web)))
+		third.SetBundles(thirdCA.Bundles(ca.Strict))
+		m := catest.RunManager(t, catest.Fixed{from, third}, ca.ManagerConfig{})
+		l := m.Acquire(ref)
+		defer l.Release()
+		if _, err := now(t, l); err != nil {
+			t.Fatal(err)
+		}
+		peerOld, _ := oldCA.Leaf(t, other.String())
+		peerThird, _ := thirdCA.Leaf(t, other.String())
+		trusts := func(when string, want bool) {
+			t.Helper()
+			svid, err := now(t, l)
+			if err != nil {
+				t.Fatalf("%s: %v", when, err)
+			}
+			for _, peer := range [][]*x509.Certificate{peerOld, peerThird} {
+				if _, err := ca.VerifySVID(peer, svid.Bundles, ca.VerifyOptions{}); (err == nil) != want {
+					t.Errorf("%s: %v, want trusted: %v", when, err, want)
+				}
+			}
+		}
+		m.Replace(catest.Fixed{to, from, third})
+		trusts("after the move", true)
+		svid, _ := now(t, l)
+		if _, err := ca.VerifySVID([]*x509.Certificate{svid.Cert.Leaf}, newCA.Bundles(ca.Strict), ca.VerifyOptions{}); err != nil {
+			t.Errorf("the lease has not moved: %v", err)
+		}
+		if svid.Bundles.Has(federated.TrustDomain) {
+			t.Error("what the old provider granted with its SVID outlives that")
+		}
+		m.Replace(catest.Fixed{to})
+		trusts("the others are no longer listed", false)
+	})
+}
+
+// TestNewSettingsKeepTrust: a provider that takes the place of another of its name
+// is trusted with what that one had said, until it speaks itself.
+func TestNewSettingsKeepTrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		own, side, next := catest.NewProvider("own"), catest.NewProvider("side"), catest.NewProvider("side")
+		td, was, is := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
+		ref := ca.WorkloadRef{ID: web}
+		own.Set(own.Key(ref), available(td.SVID(t, web)))
+		side.SetBundles(was.Bundles(ca.Strict))
+		m := catest.RunManager(t, catest.Fixed{own, side}, ca.ManagerConfig{})
+		l := m.Acquire(ref)
+		defer l.Release()
+		before, err := now(t, l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		changed := l.Changed()
+		m.Replace(catest.Fixed{own, next})
+		if after, err := now(t, l); err != nil || after != before {
+			t.Errorf("before it speaks: %v, %v, want what was", after, err)
+		}
+		select {
+		case <-changed:
+			t.Error("the change was visible")
+		default:
+		}
+		next.SetBundles(is.Bundles(ca.Strict))
+		svid, err := now(t, l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for c, want := range map[*catest.CA]bool{was: false, is: true} {
+			peer, _ := c.Leaf(t, other.String())
+			if _, err := ca.VerifySVID(peer, svid.Bundles, ca.VerifyOptions{}); (err == nil) != want {
+				t.Errorf("after it spoke: %v, want trusted: %v", err, want)
+			}
+		}
+		m.Replace(catest.Fixed{own})
+		if after, err := now(t, l); err != nil || len(after.Bundles.Anchors(td.TrustDomain)) != 1 {
+			t.Errorf("without it: %v, %v, want one anchor", after, err)
+		}
+	})
+}
