@@ -29,17 +29,17 @@ func newCredentials(cfg *Config) (*credentials, error) {
 	for _, h := range cfg.Headers {
 		name := strings.ToLower(h.Name)
 		if !headerName(name) {
-			return nil, fmt.Errorf("Headers: %q is no name of gRPC metadata: want letters, digits, '-', '_' and '.', and no grpc- in front", h.Name)
+			return nil, fmt.Errorf("field Headers: %q is no name of gRPC metadata: want letters, digits, '-', '_' and '.', and no grpc- in front", h.Name)
 		}
 		if err := checkHeaderValue(h.Value); err != nil {
-			return nil, fmt.Errorf("Headers: the value of %s: %w", name, err)
+			return nil, fmt.Errorf("field Headers: the value of %s: %w", name, err)
 		}
 		c.headers.Append(name, h.Value)
 	}
 	if cfg.Token != "" {
 		c.token = strings.TrimSpace(cfg.Token)
 		if err := checkToken(c.token); err != nil {
-			return nil, fmt.Errorf("Token: %w", err)
+			return nil, fmt.Errorf("field Token: %w", err)
 		}
 	}
 	return c, nil

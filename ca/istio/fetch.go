@@ -72,7 +72,7 @@ func newFetcher(cfg Config) (*fetcher, error) {
 	if cfg.RootFile != "" {
 		f.server = fileRoots(cfg.RootFile, f.trust, f.log)
 	} else if f.server, err = textRoots(cfg.RootPEM, f.trust, f.log); err != nil {
-		return nil, fmt.Errorf("RootPEM: %w", err)
+		return nil, fmt.Errorf("field RootPEM: %w", err)
 	}
 	if cfg.Roots != "" {
 		f.override = fileRoots(cfg.Roots, f.trust, f.log)
@@ -138,7 +138,7 @@ func (f *fetcher) svid(ctx context.Context, id spiffeid.ID, key crypto.Signer, e
 	if f.override != nil {
 		set, err := f.override.look(ctx, 0)
 		if err != nil {
-			return nil, fmt.Errorf("%w: Roots: %w", ca.ErrConfig, err)
+			return nil, fmt.Errorf("%w: trust anchors: %w", ca.ErrConfig, err)
 		}
 		override = set.bundles
 	}

@@ -269,6 +269,27 @@ func TestAnchorsOfAnswer(t *testing.T) {
 	}
 }
 
+// TestAnchorsAreShared: by all SVIDs, as long as the CA names the same ones, in
+// whatever words.
+func TestAnchorsAreShared(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, istiod.Config{}, nil)
+		m := w.manager()
+		first := get(t, w.lease(m, "web"), time.Minute, nil)
+		w.server.SetReply(func(r istiod.Request) *istiod.Reply {
+			leaf, err := w.ca.Sign(r.CSR.PublicKey, r.Identity, time.Hour)
+			if err != nil {
+				t.Error(err)
+			}
+			return &istiod.Reply{Chain: []string{istiod.PEM(leaf), "# the root\n" + istiod.PEM(w.ca.Root())}}
+		})
+		second := get(t, w.lease(m, "other"), time.Minute, nil)
+		if first.Bundles != second.Bundles {
+			t.Error("two SVIDs have bundles of their own")
+		}
+	})
+}
+
 // TestAliases: one CA for a trust domain and its other names.
 func TestAliases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

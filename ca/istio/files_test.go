@@ -148,6 +148,39 @@ func TestFault_104_RootFile(t *testing.T) {
 	})
 }
 
+// TestRootsChangeDuringRequest: a request ends on the connection on which it
+// began, which is closed after it.
+func TestRootsChangeDuringRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := newVolume(t)
+		w := newWorld(t, istiod.Config{}, func(c *istio.Config) { c.RootPEM, c.RootFile = "", v.path("root-cert.pem") })
+		root := istiod.PEM(w.ca.Root())
+		v.put(map[string]string{"root-cert.pem": root})
+		w.server.SetReply(func(r istiod.Request) *istiod.Reply {
+			if r.Identity == workload("slow").ID {
+				return &istiod.Reply{Delay: 5 * time.Second, Sign: true}
+			}
+			return nil
+		})
+		m := w.manager()
+		slow := w.lease(m, "slow")
+		sleep(time.Second)
+		v.put(map[string]string{"root-cert.pem": root + istiod.PEM(openCA(t, time.Hour).Root())})
+		get(t, w.lease(m, "quick"), time.Second, nil)
+		if n := w.server.Connections(); n != 2 {
+			t.Errorf("%d connections while a request runs on the old one, want 2", n)
+		}
+		get(t, slow, 5*time.Second, nil)
+		synctest.Wait()
+		if n := w.server.Connections(); n != 1 {
+			t.Errorf("%d connections afterwards, want 1", n)
+		}
+		if n := w.outcome("error"); n != 0 {
+			t.Errorf("%v requests failed", n)
+		}
+	})
+}
+
 // TestWatchRoots: the file contributes anchors for others' SVIDs as long as the
 // CA was not asked, and is watched.
 func TestWatchRoots(t *testing.T) {
@@ -221,7 +254,7 @@ func TestRootsOverride(t *testing.T) {
 			leaf := istiod.PEM(sign(t, issuer, r.CSR.PublicKey, webID.String()))
 			return &istiod.Reply{Chain: []string{leaf, istiod.PEM(issuer.Cert)}} // as if the issuer were the root
 		})
-		if err := fails(t, l, time.Minute); !errors.Is(err, ca.ErrConfig) || !strings.Contains(err.Error(), "Roots: ") {
+		if err := fails(t, l, time.Minute); !errors.Is(err, ca.ErrConfig) || !strings.Contains(err.Error(), "trust anchors: ") {
 			t.Errorf("without the file: %v", err)
 		}
 		v.put(map[string]string{"roots.pem": istiod.PEM(root.Cert) + istiod.PEM(other.Cert)})

@@ -124,16 +124,16 @@ func (c *Config) setDefaults() {
 func (c *Config) validate() error {
 	switch {
 	case c.TTL < time.Second:
-		return fmt.Errorf("TTL is %v, at least 1s is allowed", c.TTL)
+		return fmt.Errorf("field TTL is %v, at least 1s is allowed", c.TTL)
 	case c.RootFile != "" && c.RootPEM != "":
-		return errors.New("RootFile and RootPEM are both set, only one is allowed")
+		return errors.New("fields RootFile and RootPEM are both set, only one is allowed")
 	case c.TokenFile != "" && c.Token != "":
-		return errors.New("TokenFile and Token are both set, only one is allowed")
+		return errors.New("fields TokenFile and Token are both set, only one is allowed")
 	case c.TLS12 && c.PQC:
-		return errors.New("TLS12 and PQC are both set: X25519MLKEM768 needs TLS 1.3")
+		return errors.New("fields TLS12 and PQC are both set: X25519MLKEM768 needs TLS 1.3")
 	}
 	if err := checkHeaderValue(c.ClusterID); err != nil {
-		return fmt.Errorf("ClusterID: %w", err)
+		return fmt.Errorf("field ClusterID: %w", err)
 	}
 	return c.validateAltHostname()
 }
@@ -146,7 +146,7 @@ func (c *Config) validateAltHostname() error {
 		return nil
 	}
 	if !dnsName(c.AltHostname) {
-		return fmt.Errorf("AltHostname: invalid alt hostname: %q, want a DNS name or an IP address", c.AltHostname)
+		return fmt.Errorf("field AltHostname: invalid alt hostname: %q, want a DNS name or an IP address", c.AltHostname)
 	}
 	return nil
 }
@@ -182,28 +182,28 @@ const wantAddress = "want https://host:port or unix:///path"
 
 func parseAddress(s string) (endpoint, error) {
 	if s == "" {
-		return endpoint{}, errors.New("Address is empty, " + wantAddress)
+		return endpoint{}, errors.New("field Address is empty, " + wantAddress)
 	}
 	u, err := url.Parse(s)
 	if err != nil {
-		return endpoint{}, fmt.Errorf("Address %q: %w, "+wantAddress, s, err)
+		return endpoint{}, fmt.Errorf("field Address %q: %w, "+wantAddress, s, err)
 	}
 	switch {
 	case u.Scheme == "http":
-		return endpoint{}, fmt.Errorf("Address %q: http is refused, since token and certificates would cross the network in the clear; "+wantAddress, s)
+		return endpoint{}, fmt.Errorf("field Address %q: http is refused, since token and certificates would cross the network in the clear; "+wantAddress, s)
 	case u.Scheme != "https" && u.Scheme != "unix":
-		return endpoint{}, fmt.Errorf("Address %q: unknown scheme %q, "+wantAddress, s, u.Scheme)
+		return endpoint{}, fmt.Errorf("field Address %q: unknown scheme %q, "+wantAddress, s, u.Scheme)
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Opaque != "":
-		return endpoint{}, fmt.Errorf("Address %q: there is more than an address, "+wantAddress, s)
+		return endpoint{}, fmt.Errorf("field Address %q: there is more than an address, "+wantAddress, s)
 	}
 	if u.Scheme == "unix" {
 		if u.Host != "" || !strings.HasPrefix(u.Path, "/") || strings.HasSuffix(u.Path, "/") {
-			return endpoint{}, fmt.Errorf("Address %q: no absolute path of a socket, "+wantAddress, s)
+			return endpoint{}, fmt.Errorf("field Address %q: no absolute path of a socket, "+wantAddress, s)
 		}
 		return endpoint{network: "unix", address: u.Path}, nil
 	}
 	if u.Hostname() == "" || u.Path != "" && u.Path != "/" {
-		return endpoint{}, fmt.Errorf("Address %q: no host, or a path behind it, "+wantAddress, s)
+		return endpoint{}, fmt.Errorf("field Address %q: no host, or a path behind it, "+wantAddress, s)
 	}
 	port := u.Port()
 	if port == "" {

@@ -284,6 +284,13 @@ func (s *Server) override(ctx context.Context, r *Reply) (done bool, out *securi
 	return false, nil, nil
 }
 
+// Connections is the number of open connections.
+func (s *Server) Connections() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.conns)
+}
+
 // DropConnections closes all connections.
 func (s *Server) DropConnections() {
 	s.mu.Lock()
