@@ -140,7 +140,7 @@ func (f *fetcher) tlsConfig(pool *x509.CertPool) *tls.Config {
 		RootCAs:    pool,
 		ServerName: f.endpoint.host,
 	}
-	if f.cfg.TLS12 {
+	if f.cfg.TLS12 && !f.cfg.PQC {
 		conf.MinVersion = tls.VersionTLS12
 	}
 	if f.cfg.PQC {

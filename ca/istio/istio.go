@@ -69,7 +69,7 @@ type Config struct {
 	// CA_CONFIG). It is looked at with each renewal.
 	Roots string
 	// TLS12 also allows TLS 1.2 to the CA (TLS12_ENABLED); PQC allows only
-	// X25519MLKEM768, hence only TLS 1.3 (COMPLIANCE_POLICY=pqc).
+	// X25519MLKEM768, hence only TLS 1.3 (COMPLIANCE_POLICY=pqc). PQC wins.
 	TLS12, PQC bool
 	// Dial, if not nil, makes the connections to the CA: network is tcp or unix.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -129,8 +129,6 @@ func (c *Config) validate() error {
 		return errors.New("fields RootFile and RootPEM are both set, only one is allowed")
 	case c.TokenFile != "" && c.Token != "":
 		return errors.New("fields TokenFile and Token are both set, only one is allowed")
-	case c.TLS12 && c.PQC:
-		return errors.New("fields TLS12 and PQC are both set: X25519MLKEM768 needs TLS 1.3")
 	}
 	if err := checkHeaderValue(c.ClusterID); err != nil {
 		return fmt.Errorf("field ClusterID: %w", err)
@@ -194,7 +192,7 @@ func parseAddress(s string) (endpoint, error) {
 	case u.Scheme != "https" && u.Scheme != "unix":
 		return endpoint{}, fmt.Errorf("field Address %q: unknown scheme %q, "+wantAddress, s, u.Scheme)
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Opaque != "":
-		return endpoint{}, fmt.Errorf("field Address %q: there is more than an address, "+wantAddress, s)
+		return endpoint{}, fmt.Errorf("field Address %q: there is more than an address, "+wantAddress, u.Redacted())
 	}
 	if u.Scheme == "unix" {
 		if u.Host != "" || !strings.HasPrefix(u.Path, "/") || strings.HasSuffix(u.Path, "/") {
