@@ -273,7 +273,7 @@ routes:
 		{"file", "providers: [{name: vault}, {name: local, dir: 1}]", "ca validate /ca.yaml", nil, []string{`/ca.yaml:1: providers[0].type: unknown provider "vault"`, "/ca.yaml:1: providers[1].dir: got a number"}},
 		{"missing", "", "ca validate /missing.yaml", nil, []string{"CA_CONFIG=/missing.yaml (open /missing.yaml"}},
 		{"environment", "providers: [{name: local}]", "ca validate /ca.yaml", []string{"CA_PROVIDER=local"}, []string{"CA_PROVIDER=local contradicts CA_CONFIG=/ca.yaml"}},
-		{"provider that cannot be made", "providers: [{name: istio, altHostname: 'a b'}]", "ca validate /ca.yaml", nil, []string{"/ca.yaml: certificate provider istio: istio CA: AltHostname: invalid alt hostname"}},
+		{"provider that cannot be made", "providers: [{name: istio, altHostname: 'a b'}]", "ca validate /ca.yaml", nil, []string{"/ca.yaml: certificate provider istio: istio CA: field AltHostname: invalid alt hostname"}},
 		{"no argument", "", "ca validate", nil, []string{"got 0 arguments, want the file"}},
 		{"unknown command", "", "ca check", nil, []string{"unknown command: ca check"}},
 	} {
