@@ -75,7 +75,7 @@ e2e-interop: build ## the same against another ztunnel: ZTUNNEL_PEER_BIN=/path (
 spire: $(SPIRE_BIN)/spire-agent $(SPIRE_BIN)/spire-server ## SPIRE server and agent of the end-to-end suite, built once
 
 $(SPIRE_BIN)/spire-%:
-	CGO_ENABLED=1 $(GO) -C e2e/spire/tools build -buildvcs=false -o $@ github.com/spiffe/spire/cmd/spire-$*
+	CGO_ENABLED=1 $(GO) -C e2e/spire/tools build -trimpath -buildvcs=false -o $@ github.com/spiffe/spire/cmd/spire-$*
 
 e2e-spire: build spire ## two nodes on a real SPIRE: delegated, broker, Workload API (root)
 	ZTUNNEL_BIN=$(BIN) SPIRE_BIN=$(SPIRE_BIN) $(GO) test -tags e2e -count=1 -timeout 20m -parallel 8 ./e2e/spire/...

@@ -10,6 +10,8 @@ import (
 	"github.com/ztunnel-go/ztunnel/e2e/world"
 )
 
+var spireDelegated = map[string]string{"provider": "spire-delegated"}
+
 // Traffic between two nodes whose proxies have the SVIDs of their workloads by
 // selectors.
 func TestDelegated_Traffic(t *testing.T) {
@@ -59,6 +61,7 @@ func TestDelegated_Rotation(t *testing.T) {
 		if !c.NotAfter.After(before[s].NotAfter) {
 			t.Errorf("%s: the new certificate ends at %v, not after %v", c.Identity, c.NotAfter, before[s].NotAfter)
 		}
+		s.awaitMetric("istio_ca_renewals_total", spireDelegated, 1)
 	}
 	f.check()
 	a.check()
@@ -81,13 +84,10 @@ func TestFault_108_AgentRestart(t *testing.T) {
 	// An agent that has restarted has no SVIDs any more: that there is another one
 	// says that the stream is back.
 	m.client.awaitRenewal(40*time.Second, before.Serial)
-	world.Eventually(t, m.Ctx, 10*time.Second, func() error {
-		c, err := m.client.own()
-		if err == nil && c.Reason != "" {
-			t.Logf("after the restart: %s", c.Reason)
-		}
-		return err
-	})
+	m.client.awaitMetric("istio_ca_stream_reconnects_total", spireDelegated, 1)
+	if c, err := m.client.own(); err != nil || c.Reason != "" {
+		t.Errorf("after the restart: %s, %v, want no complaint", c.Reason, err)
+	}
 	f.check()
 	a.check()
 }
@@ -118,6 +118,7 @@ func TestDelegated_DelegateWithoutEntry(t *testing.T) {
 		s.await("Unavailable", "SPIRE has no entry for this proxy on this node yet")
 	}
 	m.client.awaitWarning("no identity issued")
+	m.client.awaitMetric("istio_ca_requests_total", map[string]string{"provider": "spire-delegated", "outcome": "denied"}, 1)
 	m.refuses()
 	for _, s := range m.sides() {
 		s.entry(s.proxyEntry())
@@ -148,6 +149,7 @@ func TestDelegated_EntryComesLate(t *testing.T) {
 		s.entry(s.proxyEntry())
 		s.launch(s.delegated())
 		s.await("Initializing", "no SPIRE entry for this agent matches the selectors")
+		s.awaitMetric("istio_ca_certificates", map[string]string{"provider": "spire-delegated", "state": "pending"}, 1)
 	}
 	m.refuses()
 	for _, s := range m.sides() {

@@ -102,6 +102,7 @@ func TestLiveMove_IstioToSPIREAndBack(t *testing.T) {
 		m.move(files, from, to)
 		m.move(files, to, from)
 		old.check()
+		m.checkWide(to)
 		fresh := m.openFleet(50, 200*time.Millisecond)
 		m.exchange(witness)
 		old.end()
@@ -124,6 +125,29 @@ func (m *mesh) exchange(c netns.Conn) {
 	m.T.Helper()
 	if err := world.Exchange(c, greeting, greeting); err != nil {
 		m.T.Error(err)
+	}
+}
+
+// checkWide looks at who issued what, in the words of the command.
+func (m *mesh) checkWide(provider string) {
+	m.T.Helper()
+	for _, s := range m.sides() {
+		out, err := world.Command(m.Ctx, "", s.pod.In(s.bin, "certs", "-o", "wide")...)
+		if err != nil {
+			m.T.Error(err)
+			continue
+		}
+		head, rest, _ := strings.Cut(out, "\n")
+		column := strings.Index(head, "PROVIDER")
+		found := false
+		for line := range strings.Lines(rest) {
+			if strings.HasPrefix(line, s.pod.Identity()+" ") && strings.Contains(line, " Leaf ") {
+				found = column >= 0 && len(line) > column && strings.HasPrefix(line[column:], provider+" ")
+			}
+		}
+		if !found {
+			m.T.Errorf("certs -o wide does not say that %s issued the leaf of %s:\n%s", provider, s.pod.Identity(), out)
+		}
 	}
 }
 
