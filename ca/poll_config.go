@@ -31,9 +31,10 @@ type PollConfig struct {
 	// ±20 %, and exactly 150 s after 15 minutes.
 	Backoff backoff.Policy
 	// Denied spaces out the retries of an identity that the backend denied
-	// ([ErrDenied]): an answer that only somebody's action changes. Default: 7, 14,
-	// 28 … 150 s, ±20 %, and exactly 150 s after 15 minutes. The two series of
-	// one identity grow apart from each other, and both end with a success.
+	// ([ErrDenied]): an answer that mostly only somebody's action changes, though a CA
+	// that has not heard of a new pod yet denies it, too. Default: 2, 8, 32, 128,
+	// 150 s, ±20 %, and exactly 150 s after 15 minutes. The two series of one
+	// identity grow apart from each other, and both end with a success.
 	Denied backoff.Policy
 	// Skew is how far the backend's clock may be ahead of ours: a certificate that
 	// becomes valid within this time is held back until it is. One that does later
@@ -70,7 +71,10 @@ func (cfg *PollConfig) setDefaults() {
 		cfg.Floor = 10 * time.Millisecond
 	}
 	if cfg.Denied.First <= 0 {
-		cfg.Denied.First = 7 * time.Second
+		cfg.Denied.First = 2 * time.Second
+	}
+	if cfg.Denied.Factor <= 1 {
+		cfg.Denied.Factor = 4
 	}
 	if cfg.Skew == 0 {
 		cfg.Skew = 10 * time.Second

@@ -40,12 +40,12 @@ func TestDenialIsRetriedSlower(t *testing.T) {
 		if _, err := within(t, l, time.Second); !errors.Is(err, ca.ErrDenied) {
 			t.Fatalf("got %v, want the denial at once", err)
 		}
-		sleep(60 * time.Second)
+		sleep(100 * time.Second)
 		mock.fail(errors.New("broken"))
-		sleep(58 * time.Second) // at 105 s the first ordinary failure
+		sleep(80 * time.Second) // at 170 s the first ordinary failure
 		mock.fail(ca.ErrDenied)
 		sleep(3 * time.Minute)
-		if d := cmp.Diff([]float64{7, 14, 28, 56, 1, 2, 4, 8, 112}, mock.gaps()); d != "" {
+		if d := cmp.Diff([]float64{2, 8, 32, 128, 1, 2, 4, 8, 150}, mock.gaps()); d != "" {
 			t.Errorf("times between the requests (-want +got):\n%s", d)
 		}
 		mock.fail(nil)
@@ -55,14 +55,13 @@ func TestDenialIsRetriedSlower(t *testing.T) {
 		mock.fail(ca.ErrDenied)
 		renewal := mock.count()
 		sleep(70 * time.Second)
-		if gaps := mock.gaps(); len(gaps) <= renewal || gaps[renewal] != 7 {
-			t.Errorf("times between the requests after a success %v, want 7 after the failed renewal", gaps[renewal-1:])
+		if gaps := mock.gaps(); len(gaps) <= renewal || gaps[renewal] != 2 {
+			t.Errorf("times between the requests after a success %v, want 2 after the failed renewal", gaps[renewal-1:])
 		}
 	})
 }
 
-// TestDenialJitter: the first delay is never below 5 s, and not the same for
-// all.
+// TestDenialJitter: the first delay is not the same for all.
 func TestDenialJitter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		mock := newMockCA(t)
@@ -73,18 +72,18 @@ func TestDenialJitter(t *testing.T) {
 		for i := range 50 {
 			defer m.Acquire(sa(fmt.Sprint("id", i))).Release()
 		}
-		sleep(9 * time.Second)
+		sleep(3 * time.Second)
 		mock.mu.Lock()
 		defer mock.mu.Unlock()
 		if len(mock.times) != 100 {
-			t.Fatalf("%d requests within 9s, want 100", len(mock.times))
+			t.Fatalf("%d requests within 3s, want 100", len(mock.times))
 		}
 		seen := make(map[time.Duration]bool)
 		for _, at := range mock.times[50:] {
 			d := at.Sub(start)
 			seen[d] = true
-			if d < 5*time.Second || d > 8400*time.Millisecond {
-				t.Errorf("a retry after %v, want 5.6 s to 8.4 s", d)
+			if d < 1600*time.Millisecond || d > 2400*time.Millisecond {
+				t.Errorf("a retry after %v, want 1.6 s to 2.4 s", d)
 			}
 		}
 		if len(seen) < 40 {
