@@ -23,6 +23,7 @@ type broker struct {
 	cfg      BrokerConfig
 	own      *ownSVID
 	endpoint *link
+	known    *bundleStore
 }
 
 var _ ca.Provider = (*broker)(nil)
@@ -45,7 +46,7 @@ func NewBroker(cfg BrokerConfig) (ca.Provider, error) {
 		}
 		api.Dial = dialer(network, address)
 	}
-	b := &broker{cfg: cfg}
+	b := &broker{cfg: cfg, known: newBundleStore(cfg.Name)}
 	b.own = newOwnSVID(newWorkloadAPI(&api), cfg.OwnID)
 	creds := &endpointCreds{own: b.own, tls: ca.TLSOptions{
 		PQC: cfg.TLS.PQC, Validation: cfg.TLS.Validation, Tolerated: cfg.TLS.Tolerated, Revoked: cfg.TLS.Revoked,
@@ -162,7 +163,6 @@ func (b *broker) openSVIDs(ctx context.Context, conn *grpc.ClientConn, w ca.Work
 	if err != nil {
 		return nil, err
 	}
-	profile := &x509Profile{provider: b.cfg.Name, want: w.ID}
 	return func() (*answer, error) {
 		message, err := recv.Recv()
 		if gone := ref.guard(); gone != nil {
@@ -171,7 +171,7 @@ func (b *broker) openSVIDs(ctx context.Context, conn *grpc.ClientConn, w ca.Work
 		if err != nil {
 			return nil, err
 		}
-		return readProfile(profile, message.GetSvids(), message.GetFederatedBundles())
+		return readProfile(b.known, w.ID, message.GetSvids(), message.GetFederatedBundles())
 	}, nil
 }
 

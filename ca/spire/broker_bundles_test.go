@@ -2,10 +2,13 @@ package spire
 
 import (
 	"errors"
+	"runtime"
+	"slices"
 	"testing"
 	"time"
 
 	brokerapi "github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -196,4 +199,59 @@ func TestBrokerMessages(t *testing.T) {
 			t.Error("a federated bundle replaced, or joined, that of the own trust domain")
 		}
 	})
+}
+
+// TestBundleStore: equal bundles are parsed once, and forgotten with the last that
+// holds them; what differs in any part is not equal.
+func TestBundleStore(t *testing.T) {
+	own, friend := catest.NewCA(t, "cluster.local"), catest.NewCA(t, "friend.example")
+	s := newBundleStore("test")
+	get := func(td spiffeid.TrustDomain, der []byte, federated map[string][]byte) *ca.Bundles {
+		t.Helper()
+		b, err := s.bundles(td, der, federated)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	all := []*ca.Bundles{
+		get(own.TrustDomain, own.Root.Raw, nil),
+		get(own.TrustDomain, own.Root.Raw, map[string][]byte{"spiffe://friend.example": friend.Root.Raw}),
+		get(own.TrustDomain, own.Root.Raw, map[string][]byte{"spiffe://friend.example": nil}),
+		get(own.TrustDomain, own.Root.Raw, map[string][]byte{"spiffe://other.example": friend.Root.Raw}),
+		get(own.TrustDomain, friend.Root.Raw, nil),
+		get(friend.TrustDomain, own.Root.Raw, nil),
+	}
+	for i, a := range all {
+		for _, b := range all[:i] {
+			if a.Equal(b) {
+				t.Errorf("bundles %d equal earlier ones", i)
+			}
+		}
+	}
+	if get(own.TrustDomain, slices.Clone(own.Root.Raw), map[string][]byte{}) != all[0] {
+		t.Error("equal bundles were parsed again")
+	}
+	if _, err := s.bundles(own.TrustDomain, own.Root.Raw, map[string][]byte{"spiffe://a": []byte("garbage")}); !errors.Is(err, ca.ErrRejected) {
+		t.Errorf("garbage: %v", err)
+	}
+	runtime.KeepAlive(all)
+	all = nil
+	timeout := time.NewTimer(20 * time.Second)
+	defer timeout.Stop()
+	for {
+		runtime.GC() // the cleanups run after it, on a goroutine of the runtime
+		s.mu.Lock()
+		n := len(s.known)
+		s.mu.Unlock()
+		if n == 0 {
+			return
+		}
+		select {
+		case <-timeout.C:
+			t.Fatalf("%d bundles are known that nobody has", n)
+		default:
+			runtime.Gosched()
+		}
+	}
 }

@@ -5,8 +5,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/credentials"
@@ -40,7 +43,7 @@ func (c *endpointCreds) ClientHandshake(ctx context.Context, _ string, raw net.C
 		State:          conn.ConnectionState(),
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
 	}
-	return &endpointConn{conn, c}, info, nil
+	return &endpointConn{Conn: conn, creds: c, ended: make(chan struct{})}, info, nil
 }
 
 func (c *endpointCreds) handshake(ctx context.Context, raw net.Conn) (*tls.Conn, error) {
@@ -95,20 +98,56 @@ func explainHandshake(err error) error {
 type endpointConn struct {
 	net.Conn
 	creds *endpointCreds
+	heard bool          // something was read; of the one goroutine that reads
+	once  sync.Once     // closes ended
+	ended chan struct{} // a Read failed
 }
 
-// Read implements net.Conn.
+// Read implements net.Conn. gRPC reads from one goroutine.
 func (c *endpointConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	var alert *net.OpError
-	if errors.As(err, &alert) && alert.Op == "remote error" { // as crypto/tls reports an alert
-		name := "the proxy"
-		if svid, err := c.creds.own.current(); err == nil {
-			name = svid.ID.String()
-		}
-		c.creds.note(fmt.Errorf("%w: the broker endpoint refuses the certificate of %s: add this SPIFFE ID to brokers of experimental.broker of the agent: %w", ca.ErrDenied, name, err))
+	if err == nil {
+		c.heard = true
+		return n, nil
+	}
+	if !c.heard && !errors.Is(err, net.ErrClosed) && !errors.Is(err, io.ErrClosedPipe) { // not closed by us
+		c.creds.note(c.creds.explainSilence(err))
+	}
+	c.once.Do(func() { close(c.ended) })
+	return n, err
+}
+
+// refusalWait is how long a Write that failed waits for the reason.
+const refusalWait = time.Second
+
+// Write implements net.Conn. A server that refuses us sends its alert and closes;
+// what we write then fails at once, and gRPC would close without having read why.
+func (c *endpointConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if err == nil {
+		return n, nil
+	}
+	wait := time.NewTimer(refusalWait)
+	defer wait.Stop()
+	select {
+	case <-c.ended:
+	case <-wait.C:
 	}
 	return n, err
+}
+
+// explainSilence says what to do about a server that ends the connection before
+// it says a word of HTTP/2. The alert with the reason may be lost on the way.
+func (c *endpointCreds) explainSilence(err error) error {
+	name := "the proxy"
+	if svid, err := c.own.current(); err == nil {
+		name = svid.ID.String()
+	}
+	var alert *net.OpError
+	if errors.As(err, &alert) && alert.Op == "remote error" { // as crypto/tls reports an alert
+		return fmt.Errorf("%w: the broker endpoint refuses the certificate of %s: add this SPIFFE ID to brokers of experimental.broker of the agent: %w", ca.ErrDenied, name, err)
+	}
+	return fmt.Errorf("the broker endpoint ends the connection of %s after the handshake: look for this SPIFFE ID in brokers of experimental.broker of the agent: %w", name, err)
 }
 
 // ServerHandshake implements credentials.TransportCredentials; we are no server.

@@ -47,7 +47,7 @@ func FuzzAnswer(f *testing.F) {
 		case fuzzProfile:
 			m := new(workload.X509SVIDResponse)
 			if proto.Unmarshal(raw, m) == nil {
-				a, err := readProfile(&x509Profile{provider: "p", want: web.ID}, m.GetSvids(), m.GetFederatedBundles())
+				a, err := readProfile(newBundleStore("p"), web.ID, m.GetSvids(), m.GetFederatedBundles())
 				checkAnswer(t, a, err, nil)
 			}
 		case fuzzBundles:

@@ -2,7 +2,6 @@ package spire
 
 import (
 	"context"
-	"fmt"
 
 	workloadapi "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -80,12 +79,17 @@ func domainOf(b *ca.Bundles, td spiffeid.TrustDomain) *ca.Bundles {
 // workloadAPI is a client of the SPIFFE Workload API, by which the agent tells
 // this process who it is.
 type workloadAPI struct {
-	cfg  *Common
-	link *link
+	cfg   *Common
+	link  *link
+	known *bundleStore
 }
 
 func newWorkloadAPI(cfg *Common) *workloadAPI {
-	return &workloadAPI{cfg: cfg, link: newLink(cfg.Dial, insecure.NewCredentials())} // the socket's peer credentials attest us
+	return &workloadAPI{
+		cfg:   cfg,
+		link:  newLink(cfg.Dial, insecure.NewCredentials()), // the socket's peer credentials attest us
+		known: newBundleStore(cfg.Name),
+	}
 }
 
 // watch reports the SVID of want, of a zero want the default one, with the
@@ -108,13 +112,12 @@ func (a *workloadAPI) open(ctx context.Context, conn *grpc.ClientConn, want spif
 	if err != nil {
 		return nil, err
 	}
-	profile := &x509Profile{provider: a.cfg.Name, want: want}
 	return func() (*answer, error) {
 		message, err := recv.Recv()
 		if err != nil {
 			return nil, err
 		}
-		return readProfile(profile, message.GetSvids(), message.GetFederatedBundles())
+		return readProfile(a.known, want, message.GetSvids(), message.GetFederatedBundles())
 	}, nil
 }
 
@@ -132,55 +135,4 @@ var workloadAdvice = []advice{
 
 func (a *workloadAPI) explain(err error) error {
 	return explain(err, a.link.lastDial(), workloadAdvice)
-}
-
-// x509Profile reads the messages of the X.509-SVID profile, which the Workload API
-// and the Broker API have in common, for one workload.
-type x509Profile struct {
-	provider string
-	want     spiffeid.ID // zero: the first
-	bundles  *ca.Bundles // of the latest message
-}
-
-// x509SVID is the message X509SVID of either API.
-type x509SVID interface {
-	GetSpiffeId() string
-	GetX509Svid() []byte
-	GetX509SvidKey() []byte
-	GetBundle() []byte
-}
-
-// readProfile reads a message. The bundles are those of the SVID that we want:
-// its own trust domain's, which comes with it, and the federated ones.
-func readProfile[S x509SVID](p *x509Profile, svids []S, federated map[string][]byte) (*answer, error) {
-	a := new(answer)
-	var own []byte
-	id := ""
-	for _, s := range svids {
-		a.grants = append(a.grants, grant{id: s.GetSpiffeId(), chain: s.GetX509Svid(), key: s.GetX509SvidKey()})
-		if id == "" && (p.want.IsZero() || s.GetSpiffeId() == p.want.String()) {
-			id, own = s.GetSpiffeId(), s.GetBundle()
-		}
-	}
-	if id == "" {
-		return a, nil
-	}
-	parsed, err := spiffeid.FromString(id)
-	if err != nil {
-		return nil, fmt.Errorf("%w: SPIFFE ID %.300q: %w", ca.ErrRejected, id, err)
-	}
-	bundles, err := parseBundles(p.provider, federated)
-	if err != nil {
-		return nil, err
-	}
-	td := parsed.TrustDomain()
-	if bundles[td], err = parseAnchors(p.provider, own); err != nil {
-		return nil, fmt.Errorf("%w: bundle of trust domain %q: %w", ca.ErrRejected, td.Name(), err)
-	}
-	if len(bundles[td]) == 0 {
-		return nil, fmt.Errorf("%w: %s comes without the bundle of its trust domain", ca.ErrRejected, id) // R43
-	}
-	p.bundles = ca.NewBundles(bundles).Keep(p.bundles)
-	a.bundles = p.bundles
-	return a, nil
 }

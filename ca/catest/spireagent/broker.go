@@ -19,18 +19,27 @@ import (
 	"github.com/ztunnel-go/ztunnel/ca"
 )
 
-// The methods of the Broker API, as [Request].Method has them: one name is that
-// of the Delegated Identity API, too.
+// The methods of the Broker API, as [Request].Method has them: the second has the
+// name of one of the Delegated Identity API.
 const (
-	SubscribeToX509SVID   = "SubscribeToX509SVID"
-	BrokerX509Bundles     = "broker/SubscribeToX509Bundles"
-	PIDReference          = "type.googleapis.com/spiffe.broker.WorkloadPIDReference"
-	KubernetesReference   = "type.googleapis.com/spiffe.broker.KubernetesObjectReference"
-	brokerName            = "broker"
-	reasonInvalid         = "WORKLOAD_REFERENCE_INVALID"
-	reasonNotFound        = "WORKLOAD_NOT_FOUND"
-	brokerHeader          = "broker.spiffe.io"
-	brokerErrorInfoDomain = "spiffe.io"
+	SubscribeToX509SVID = "SubscribeToX509SVID"
+	BrokerX509Bundles   = "broker/SubscribeToX509Bundles"
+)
+
+// The types of reference, as [Request].Reference and [Broker].References have them.
+const (
+	PIDReference        = "type.googleapis.com/spiffe.broker.WorkloadPIDReference"
+	KubernetesReference = "type.googleapis.com/spiffe.broker.KubernetesObjectReference"
+)
+
+// brokerName is the broker endpoint.
+const brokerName = "broker"
+
+// SPIFFE Broker API §4.8.
+const (
+	errorDomain    = "spiffe.io"
+	reasonInvalid  = "WORKLOAD_REFERENCE_INVALID"
+	reasonNotFound = "WORKLOAD_NOT_FOUND"
 )
 
 // Broker is a client that the broker endpoint lets in, by its SPIFFE ID.
@@ -114,7 +123,7 @@ func (a *Agent) brokerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.Creds(a.brokerCreds()),
 		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-			if err := requireHeader(stream.Context(), brokerHeader); err != nil {
+			if err := requireHeader(stream.Context(), "broker.spiffe.io"); err != nil {
 				return err
 			}
 			return next(srv, stream)
@@ -266,5 +275,5 @@ func (*brokerAPI) reason(bare bool, code codes.Code, reason, text string) error 
 	if bare {
 		return status.Error(code, text)
 	}
-	return Reason(code, brokerErrorInfoDomain, reason, text)
+	return Reason(code, errorDomain, reason, text)
 }
