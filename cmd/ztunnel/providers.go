@@ -51,6 +51,7 @@ var backends = map[string]backend{
 			return nil, err
 		}
 		c.Metrics, c.Logger = b.metrics, b.log
+		c.TLS = tlsOptions(b.cfg, b.trust)
 		return spire.NewBroker(c)
 	},
 	providerSPIREWorkload: func(b providerParts, p ProviderConfig) (ca.Provider, error) {
