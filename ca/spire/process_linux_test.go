@@ -49,6 +49,18 @@ func (v *victim) ref() ca.WorkloadRef {
 	return w
 }
 
+// kill ends the process, which is then a zombie.
+func (v *victim) kill(t *testing.T) {
+	t.Helper()
+	if err := v.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	var info unix.Siginfo
+	if err := unix.Waitid(unix.P_PID, int(v.pid()), &info, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // end kills and reaps the process, whose PID is then free.
 func (v *victim) end() {
 	v.once.Do(func() {
@@ -95,13 +107,7 @@ func TestProcess(t *testing.T) {
 	if err := p.alive(); err != nil {
 		t.Errorf("alive: %v", err)
 	}
-	if err := v.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	var info unix.Siginfo // ended, not reaped
-	if err := unix.Waitid(unix.P_PID, int(v.pid()), &info, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
-		t.Fatal(err)
-	}
+	v.kill(t)
 	if err := p.alive(); !errors.Is(err, errEnded) {
 		t.Errorf("of a zombie: %v", err)
 	}
@@ -162,6 +168,17 @@ func TestByPID(t *testing.T) {
 		e := watch(t, byPID(t, agent), v.ref())
 		e.eventually(t, "withdrawal", withdrawn)
 		wantNeverAvailable(t, e)
+	})
+	t.Run("ended, not reaped", func(t *testing.T) {
+		agent := spireagent.New(t, spireagent.Config{})
+		agent.SetAttestor(attestAll)
+		v := newVictim(t, 0)
+		v.kill(t)
+		e := watch(t, byPID(t, agent), v.ref())
+		e.eventually(t, "withdrawal", withdrawn)
+		if n := agent.Opened(spireagent.SubscribeToX509SVIDs); n != 0 {
+			t.Errorf("the agent was asked %d times", n)
+		}
 	})
 	t.Run("attestation fails for a while", func(t *testing.T) {
 		agent := spireagent.New(t, spireagent.Config{})

@@ -49,6 +49,10 @@ func after(a *spireagent.Agent, start time.Time) (times []time.Duration) {
 // tenth of it has more than a third of them.
 func spread(t *testing.T, times []time.Duration, within time.Duration) {
 	t.Helper()
+	if len(times) == 0 {
+		t.Error("no stream was opened")
+		return
+	}
 	if last := times[len(times)-1]; last > within {
 		t.Errorf("the last stream was opened after %v, want at most %v", last, within)
 	}
