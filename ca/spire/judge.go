@@ -33,6 +33,7 @@ type judge struct {
 	broken error    // why latest is not what the agent says now; nil while it is
 	next   time.Time
 
+	early     *time.Timer // until the certificate becomes valid; nil when none is waited for
 	grace     *time.Timer // nil when there is no period of grace
 	graceOver bool
 	had       bool // an SVID was reported, and not taken back
@@ -57,6 +58,7 @@ func (j *judge) end() {
 	j.turns.take(func() {
 		j.ended = true
 		j.stopGrace()
+		j.stop(&j.early)
 		close(done)
 	})
 	<-done
@@ -90,6 +92,7 @@ func (j *judge) take(ctx context.Context, r report) {
 
 // decide reports what is so now, if it has changed.
 func (j *judge) decide(ctx context.Context) {
+	j.stop(&j.early)
 	switch {
 	case j.gone != nil:
 		j.nothing(ctx, j.gone)
@@ -148,20 +151,34 @@ func (j *judge) identity() spiffeid.ID {
 }
 
 func (j *judge) startGrace(ctx context.Context) {
-	j.timers.Add(1)
-	var timer *time.Timer
-	timer = time.AfterFunc(j.s.cfg.WithdrawGrace, func() {
-		defer j.timers.Done()
-		j.hear(ctx, func() { j.graceOver = j.graceOver || j.grace == timer }) // not one that was stopped too late
-	})
-	j.grace = timer
+	j.start(ctx, &j.grace, j.s.cfg.WithdrawGrace, func() { j.graceOver = true })
 }
 
 func (j *judge) stopGrace() {
-	if j.grace != nil && j.grace.Stop() {
+	j.stop(&j.grace)
+	j.graceOver = false
+}
+
+// start sets *t to a timer that has note taken after d, unless it is stopped.
+func (j *judge) start(ctx context.Context, t **time.Timer, d time.Duration, note func()) {
+	j.timers.Add(1)
+	var timer *time.Timer
+	timer = time.AfterFunc(d, func() {
+		defer j.timers.Done()
+		j.hear(ctx, func() {
+			if *t == timer { // not one that was stopped too late
+				note()
+			}
+		})
+	})
+	*t = timer
+}
+
+func (j *judge) stop(t **time.Timer) {
+	if *t != nil && (*t).Stop() {
 		j.timers.Done()
 	}
-	j.grace, j.graceOver = nil, false
+	*t = nil
 }
 
 // withdraw takes the identity back.
@@ -186,8 +203,11 @@ func (j *judge) granted(ctx context.Context) {
 		return
 	}
 	leaf := j.best.chain[0]
-	if !time.Now().Before(leaf.NotAfter) {
+	if now := time.Now(); !now.Before(leaf.NotAfter) {
 		j.expired(leaf.NotAfter)
+		return
+	} else if wait := leaf.NotBefore.Sub(now); wait > 0 {
+		j.premature(ctx, leaf.NotBefore, wait)
 		return
 	}
 	j.had, j.withdrawn = true, false
@@ -228,6 +248,22 @@ func (j *judge) expired(end time.Time) {
 		err = fmt.Errorf("%w: %w", err, j.broken)
 	}
 	j.say(ca.Event{State: ca.Unavailable, Err: err, Next: j.next})
+}
+
+// maxEarly is the longest wait before the clock is looked at again: timers do not
+// see that it is set.
+const maxEarly = 30 * time.Second
+
+// premature handles an SVID that begins only after wait, at begin: SPIRE's clock is
+// ahead of ours. The agent sends it once, so it is for us to come back to it; what
+// there was before stays meanwhile.
+func (j *judge) premature(ctx context.Context, begin time.Time, wait time.Duration) {
+	j.start(ctx, &j.early, min(wait, maxEarly), func() {})
+	err := fmt.Errorf("the certificate of %s is not valid before %s: compare the clocks of this node and of the SPIRE server", j.best.id, begin.UTC().Format(time.RFC3339))
+	if j.broken != nil {
+		err = fmt.Errorf("%w: %w", err, j.broken)
+	}
+	j.say(ca.Event{State: ca.Unavailable, Err: err, Next: begin})
 }
 
 // still repeats the SVID that was reported, if its circumstances have changed:

@@ -2,6 +2,7 @@ package spire
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"strings"
 	"testing"
@@ -340,4 +341,68 @@ func TestWatchOutlastsRun(t *testing.T) {
 			t.Errorf("%d events, want one of each Run", e.count())
 		}
 	})
+}
+
+// TestClockBehind: an SVID of a server whose clock is ahead of ours is used from
+// the moment on at which it is valid, though the agent sends it only once; what
+// there was before is used until then.
+func TestClockBehind(t *testing.T) {
+	premature := func(t *testing.T, a *spireagent.Agent, from time.Duration) spireagent.Tamper {
+		chain, signer := a.CA().Leaf(t, webText, catest.Between(from, from+time.Hour))
+		key, err := x509.MarshalPKCS8PrivateKey(signer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return spireagent.Tamper{SVIDs: func(m *svids) {
+			if len(m.GetX509Svids()) > 0 {
+				m.X509Svids[0].X509Svid.CertChain, m.X509Svids[0].X509SvidKey = [][]byte{chain[0].Raw}, key
+			}
+		}}
+	}
+	const hint = "compare the clocks of this node and of the SPIRE server"
+	inBubble(t, "first", func(t *testing.T, w *world) {
+		w.agent.SetTamper(premature(t, w.agent, 2*time.Minute))
+		e := watch(t, w.provider, web)
+		pass(2*time.Minute - 1)
+		ev := e.want(t, ca.Unavailable, webText, hint)
+		if ev.Next.IsZero() || time.Until(ev.Next) > time.Second {
+			t.Errorf("the next attempt is at %v, in %v", ev.Next, time.Until(ev.Next))
+		}
+		if e.count() != 1 {
+			t.Errorf("%d events, want one", e.count())
+		}
+		pass(time.Second)
+		e.want(t, ca.Available)
+	}, webEntry)
+	t.Run("renewed", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			agent := spireagent.New(t, spireagent.Config{})
+			agent.AddEntry(webEntry)
+			p, err := NewDelegated(DelegatedConfig{Common: Common{Dial: agent.Dial}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			lease := catest.RunManager(t, catest.Fixed{p}, ca.ManagerConfig{}).Acquire(web)
+			defer lease.Release()
+			pass(time.Minute)
+			before, _ := lease.Current()
+			agent.SetTamper(premature(t, agent, 20*time.Second))
+			pass(19 * time.Second)
+			if svid, ok := lease.Current(); !ok || svid != before {
+				t.Errorf("got %v, want the SVID from before", svid)
+			}
+			pass(2 * time.Second)
+			if svid, ok := lease.Current(); !ok || svid.Cert == before.Cert {
+				t.Errorf("got %v, want the new SVID", svid)
+			}
+		})
+	})
+	inBubble(t, "taken back before", func(t *testing.T, w *world) {
+		w.agent.SetTamper(premature(t, w.agent, 20*time.Second))
+		e := watch(t, w.provider, web)
+		pass(10 * time.Second)
+		w.agent.SetEntries()
+		pass(time.Hour)
+		e.want(t, ca.Pending, "no SPIRE entry")
+	}, webEntry)
 }
