@@ -27,10 +27,8 @@ type judge struct {
 	ended bool
 
 	latest *answer // of the agent that counts; nil before the first
-	best   *candidate
-	others []string // identities that were granted instead
-	gone   error    // the agent said so, errGone or errRedacted
-	broken error    // why latest is not what the agent says now; nil while it is
+	gone   error   // the agent said so, errGone or errRedacted
+	broken error   // why latest is not what the agent says now; nil while it is
 	next   time.Time
 
 	early     *time.Timer // until the certificate becomes valid; nil when none is waited for
@@ -66,7 +64,7 @@ func (j *judge) end() {
 }
 
 // take notes a report.
-func (j *judge) take(ctx context.Context, r report) {
+func (j *judge) take(r report) {
 	j.broken, j.next = r.err, r.next
 	if r.answer == nil {
 		if errors.Is(r.err, errGone) || errors.Is(r.err, errRedacted) && j.latest != nil {
@@ -74,17 +72,10 @@ func (j *judge) take(ctx context.Context, r report) {
 		}
 		return
 	}
-	best, others, err := choose(j.s.cfg.Name, r.answer.grants, j.s.want)
-	if err != nil {
-		j.broken = err // the message does not count (R43)
-		j.s.link.complaints.log(ctx, j.s.cfg.Logger, err)
-		return
-	}
 	if j.latest != nil && j.s.board != nil && !slices.Equal(j.latest.federates, r.answer.federates) {
 		j.s.board.ask() // what changed for one may be gone for all
 	}
-	j.latest, j.best, j.others, j.gone = r.answer, best, others, nil
-	j.latest.grants = nil // they have been looked into
+	j.latest, j.gone = r.answer, nil
 	if r.fresh {
 		j.stopGrace() // a stream that begins with nothing may only be early
 	}
@@ -100,7 +91,7 @@ func (j *judge) decide(ctx context.Context) {
 		// no answer yet
 	case j.latest == nil:
 		j.say(ca.Event{State: ca.Unavailable, Err: j.broken, Next: j.next})
-	case j.best == nil:
+	case j.latest.best == nil:
 		j.nothing(ctx, j.absent(ctx))
 	default:
 		j.granted(ctx)
@@ -109,10 +100,10 @@ func (j *judge) decide(ctx context.Context) {
 
 // absent is the error of a state without our identity.
 func (j *judge) absent(ctx context.Context) error {
-	if len(j.others) == 0 {
+	if len(j.latest.others) == 0 {
 		return fmt.Errorf("%w: %s", ca.ErrDenied, j.s.nothing)
 	}
-	j.s.cfg.Logger.DebugContext(ctx, "the agent grants other identities", "identity", j.s.want, "granted", strings.Join(j.others, ","))
+	j.s.cfg.Logger.DebugContext(ctx, "the agent grants other identities", "identity", j.s.want, "granted", strings.Join(j.latest.others, ","))
 	return fmt.Errorf("did not find expected SAN: %s", j.s.want)
 }
 
@@ -133,7 +124,7 @@ func (j *judge) nothing(ctx context.Context, why error) {
 		j.withdraw(why)
 	case j.gone != nil:
 		j.say(ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
-	case len(j.others) > 0:
+	case len(j.latest.others) > 0:
 		j.say(ca.Event{State: ca.Unavailable, Err: why})
 	case j.broken != nil:
 		j.say(ca.Event{State: ca.Unavailable, Err: j.broken, Next: j.next})
@@ -198,11 +189,11 @@ func (j *judge) granted(ctx context.Context) {
 			return
 		}
 	}
-	if td := j.best.id.TrustDomain(); len(bundles.Anchors(td)) == 0 {
+	if td := j.latest.best.id.TrustDomain(); len(bundles.Anchors(td)) == 0 {
 		j.distrusted(ctx, td)
 		return
 	}
-	leaf := j.best.chain[0]
+	leaf := j.latest.best.chain[0]
 	if now := time.Now(); !now.Before(leaf.NotAfter) {
 		j.expired(leaf.NotAfter)
 		return
@@ -215,7 +206,7 @@ func (j *judge) granted(ctx context.Context) {
 		j.still()
 		return
 	}
-	svid, err := j.best.svid(j.s.cfg.Name, bundles)
+	svid, err := j.latest.best.svid(j.s.cfg.Name, bundles)
 	if err != nil {
 		j.say(ca.Event{State: ca.Unavailable, Err: err})
 		return
@@ -231,7 +222,7 @@ func (j *judge) distrusted(ctx context.Context, td spiffeid.TrustDomain) {
 	err := fmt.Errorf("the agent has no certificate in its bundle of trust domain %q, which makes all of its identities invalid", td.Name())
 	switch {
 	case j.had:
-		j.s.cfg.Logger.WarnContext(ctx, "SPIRE emptied the bundle of the trust domain, the identity is no longer used and its tunnels end", "identity", j.best.id, "trust_domain", td.Name())
+		j.s.cfg.Logger.WarnContext(ctx, "SPIRE emptied the bundle of the trust domain, the identity is no longer used and its tunnels end", "identity", j.latest.best.id, "trust_domain", td.Name())
 		j.withdraw(err)
 	case j.withdrawn:
 		j.withdraw(err)
@@ -243,7 +234,7 @@ func (j *judge) distrusted(ctx context.Context, td spiffeid.TrustDomain) {
 // expired handles an SVID that ended at end: the agent delivered it so, or has
 // not delivered another one.
 func (j *judge) expired(end time.Time) {
-	err := fmt.Errorf("%w: %s, at %s", ca.ErrExpired, j.best.id, end.UTC().Format(time.RFC3339))
+	err := fmt.Errorf("%w: %s, at %s", ca.ErrExpired, j.latest.best.id, end.UTC().Format(time.RFC3339))
 	if j.broken != nil {
 		err = fmt.Errorf("%w: %w", err, j.broken)
 	}
@@ -259,7 +250,7 @@ const maxEarly = 30 * time.Second
 // there was before stays meanwhile.
 func (j *judge) premature(ctx context.Context, begin time.Time, wait time.Duration) {
 	j.start(ctx, &j.early, min(wait, maxEarly), func() {})
-	err := fmt.Errorf("the certificate of %s is not valid before %s: compare the clocks of this node and of the SPIRE server", j.best.id, begin.UTC().Format(time.RFC3339))
+	err := fmt.Errorf("the certificate of %s is not valid before %s: compare the clocks of this node and of the SPIRE server", j.latest.best.id, begin.UTC().Format(time.RFC3339))
 	if j.broken != nil {
 		err = fmt.Errorf("%w: %w", err, j.broken)
 	}

@@ -14,7 +14,9 @@ import (
 
 // answer is the full state that an API reports of one workload.
 type answer struct {
-	grants []grant
+	grants []grant    // not looked into
+	best   *candidate // the one that counts; nil when it is not among them
+	others []string   // identities that were granted instead
 	// federates are the trust domains that the workload federates with, sorted,
 	// where the bundles come by a stream of their own.
 	federates []spiffeid.TrustDomain
@@ -60,15 +62,39 @@ func (s *subscription) watch(ctx context.Context, update func(ca.Event)) error {
 		defer s.board.subscribe(func() { j.hear(ctx, func() {}) })()
 	}
 	tell := func(r report) {
-		aside(func() { j.hear(ctx, func() { j.take(ctx, r) }) })
+		aside(func() { j.hear(ctx, func() { j.take(r) }) })
 	}
 	follower := &stream[*answer]{
-		cfg: s.cfg, link: s.link, ready: s.ready, open: s.open, explain: s.explain,
+		cfg: s.cfg, link: s.link, ready: s.ready, open: s.openChosen, explain: s.explain,
 		report: func(a *answer, fresh bool) { tell(report{answer: a, fresh: fresh}) },
 		broken: func(err error, next time.Time) { tell(report{err: err, next: next}) },
 	}
 	follower.follow(ctx)
 	return ctx.Err()
+}
+
+// openChosen is open, of whose answers the grants are looked into: one that cannot
+// be read is a message that does not count, wherever it is wrong.
+func (s *subscription) openChosen(ctx context.Context, conn *grpc.ClientConn) (func() (*answer, error), error) {
+	recv, err := s.open(ctx, conn)
+	if err != nil {
+		return nil, err
+	}
+	return func() (*answer, error) {
+		a, err := recv()
+		if err != nil {
+			return nil, err
+		}
+		aside(func() { err = a.choose(s.cfg.Name, s.want) })
+		return a, err
+	}, nil
+}
+
+// choose looks into the grants.
+func (a *answer) choose(provider string, want spiffeid.ID) (err error) {
+	a.best, a.others, err = choose(provider, a.grants, want)
+	a.grants = nil
+	return err
 }
 
 // aside runs f to its end on a goroutine of its own. Looking into certificates
