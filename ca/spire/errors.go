@@ -79,34 +79,25 @@ func explainDial(err error) error {
 // workload has it.
 const complaintInterval = time.Minute
 
+// maxComplaints is how many troubles are logged within a complaintInterval. An
+// agent that is out of order may have another one with each message.
+const maxComplaints = 20
+
 // complaints logs the troubles of a provider. It is safe for concurrent use.
 type complaints struct {
-	mu     sync.Mutex // guards logged
+	mu     sync.Mutex // guards what follows
 	logged map[string]time.Time
+	full   time.Time // when it was said that there are too many
 }
 
 func (c *complaints) log(ctx context.Context, log *slog.Logger, err error) {
 	if errors.Is(err, errGone) {
 		return // it is about one workload, and told there
 	}
-	now := time.Now()
-	key := err.Error()
-	c.mu.Lock()
-	for k, at := range c.logged {
-		if now.Sub(at) >= complaintInterval {
-			delete(c.logged, k)
-		}
-	}
-	_, known := c.logged[key]
-	if !known {
-		if c.logged == nil {
-			c.logged = make(map[string]time.Time)
-		}
-		c.logged[key] = now
-	}
-	c.mu.Unlock()
-	switch {
-	case known:
+	switch fresh, full := c.note(err.Error(), time.Now()); {
+	case full:
+		log.WarnContext(ctx, "there are more troubles with the SPIRE agent than are logged; see LAST ERROR of ztunnel certs -o wide")
+	case !fresh:
 	case errors.Is(err, errRedacted):
 		log.WarnContext(ctx, "SPIRE has no identity for this proxy", "error", err.Error())
 	case errors.Is(err, ca.ErrRejected):
@@ -114,4 +105,31 @@ func (c *complaints) log(ctx context.Context, log *slog.Logger, err error) {
 	default:
 		log.WarnContext(ctx, "no stream from the SPIRE agent, certificates stay as they are until they expire", "error", err.Error())
 	}
+}
+
+// note remembers a trouble. fresh says that it is to be logged, full that it is the
+// first one that is not because there are too many.
+func (c *complaints) note(trouble string, now time.Time) (fresh, full bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for k, at := range c.logged {
+		if now.Sub(at) >= complaintInterval {
+			delete(c.logged, k)
+		}
+	}
+	if _, known := c.logged[trouble]; known {
+		return false, false
+	}
+	if len(c.logged) >= maxComplaints {
+		if now.Sub(c.full) < complaintInterval {
+			return false, false
+		}
+		c.full = now
+		return false, true
+	}
+	if c.logged == nil {
+		c.logged = make(map[string]time.Time)
+	}
+	c.logged[trouble] = now
+	return true, false
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/catest"
+	"github.com/ztunnel-go/ztunnel/ca/catest/spireagent"
 )
 
 func TestParseSocket(t *testing.T) {
@@ -218,6 +219,39 @@ func TestComplaints(t *testing.T) {
 		}
 		if len(c.logged) != 1 {
 			t.Errorf("%d troubles are remembered", len(c.logged))
+		}
+	})
+}
+
+// TestManyComplaints: an agent that has another trouble with each message does not
+// fill the log, and what comes after it is heard again.
+func TestManyComplaints(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out strings.Builder
+		cfg := DelegatedConfig{Common: Common{Logger: slog.New(slog.NewTextHandler(&out, nil))}}
+		w := newWorld(t, cfg, webEntry)
+		n := 0
+		w.agent.SetTamper(spireagent.Tamper{SVIDs: func(m *svids) {
+			n++
+			m.FederatesWith = []string{fmt.Sprintf("NO TRUST DOMAIN %d", n)}
+		}})
+		watch(t, w.provider, web)
+		const messages = 1000
+		for range messages {
+			w.agent.Repeat()
+			pass(time.Millisecond)
+		}
+		if n < messages {
+			t.Fatalf("the agent sent %d messages", n)
+		}
+		if got := strings.Count(out.String(), "\n"); got != maxComplaints+1 || !strings.Contains(out.String(), "ztunnel certs") {
+			t.Errorf("%d lines within a second, want %d and one that there are more", got, maxComplaints)
+		}
+		pass(2 * time.Minute)
+		w.agent.Cut(status.Error(codes.Internal, "something else"))
+		pass(0)
+		if !strings.Contains(out.String(), "something else") {
+			t.Error("another trouble, two minutes later, is not logged")
 		}
 	})
 }
