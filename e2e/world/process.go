@@ -64,11 +64,19 @@ func (p *Pod) Start(name string, env []string, args ...string) *Process {
 }
 
 // EndWith kills the program at the end of t, and shows its last output if t has
-// failed by then.
+// failed by then. A program that panicked, or in which the race detector has
+// found something, fails t.
 func (s *Process) EndWith(t *testing.T) {
 	s.t = t
 	t.Cleanup(func() {
 		s.Kill()
+		for i, line := range s.Lines() {
+			if strings.Contains(line, "WARNING: DATA RACE") || strings.HasPrefix(line, "panic: ") || strings.HasPrefix(line, "fatal error: ") {
+				lines := s.Lines()[i:]
+				t.Errorf("%s: %s", s.Name, strings.Join(lines[:min(len(lines), 80)], "\n"))
+				break
+			}
+		}
 		s.ShowIfFailed(t)
 	})
 }
