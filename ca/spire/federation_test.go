@@ -99,88 +99,94 @@ func TestFederationPerWorkload(t *testing.T) {
 	})
 }
 
-// TestFault_111_RemovedFederation: the agent goes on to send the bundle of a trust
-// domain that is gone, as long as a stream lives. It is gone for us after Resync,
-// or as soon as a workload's federation changes.
-func TestFault_111_RemovedFederation(t *testing.T) {
-	const friend = "friend.example"
-	start := func(t *testing.T) (*world, *events, spireagent.Entry) {
-		wl, entry := numbered(1)
-		entry.FederatesWith = []string{friend}
-		w := newWorld(t, DelegatedConfig{Resync: 10 * time.Minute}, entry)
-		w.agent.Federate(friend, catest.NewCA(t, friend))
-		e := watch(t, w.provider, wl)
-		pass(time.Second)
-		if got := domains(e.want(t, ca.Available).SVID); !equalNames(got, "cluster.local", friend) {
-			t.Fatalf("the workload trusts %q", got)
-		}
-		return w, e, entry
+// friend is a foreign trust domain.
+const friend = "friend.example"
+
+// withFriend is a world with a workload that trusts friend.
+func withFriend(t *testing.T) (*world, *events) {
+	t.Helper()
+	wl, entry := numbered(1)
+	entry.FederatesWith = []string{friend}
+	w := newWorld(t, DelegatedConfig{Resync: 10 * time.Minute}, entry)
+	w.agent.Federate(friend, catest.NewCA(t, friend))
+	e := watch(t, w.provider, wl)
+	pass(time.Second)
+	if got := domains(e.want(t, ca.Available).SVID); !equalNames(got, "cluster.local", friend) {
+		t.Fatalf("the workload trusts %q", got)
 	}
-	t.Run("resync", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			w, e, _ := start(t)
-			w.agent.Defederate(friend)
-			pass(7 * time.Minute)
-			if got := domains(e.want(t, ca.Available).SVID); len(got) != 2 {
-				t.Fatalf("the workload trusts %q; the fake should show the agent's bug", got)
-			}
-			pass(6 * time.Minute)
+	return w, e
+}
+
+// TestFault_111_Resync: the agent goes on to send the bundle of a trust domain that
+// is gone, as long as a stream lives. For us it is gone after Resync.
+func TestFault_111_Resync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, e := withFriend(t)
+		w.agent.Defederate(friend)
+		pass(7 * time.Minute)
+		if got := domains(e.want(t, ca.Available).SVID); len(got) != 2 {
+			t.Fatalf("the workload trusts %q; the fake should show the agent's bug", got)
+		}
+		pass(6 * time.Minute)
+		if got := domains(e.want(t, ca.Available).SVID); !equalNames(got, "cluster.local") {
+			t.Errorf("after Resync the workload trusts %q", got)
+		}
+		if got := w.agent.Opened(spireagent.SubscribeToX509SVIDs); got != 1 {
+			t.Errorf("%d streams of the workload", got)
+		}
+	})
+}
+
+// TestFault_111_Hint: or as soon as the federation of any workload changes.
+func TestFault_111_Hint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, e := withFriend(t)
+		other, entry := numbered(2)
+		entry.FederatesWith = []string{friend}
+		w.agent.AddEntry(entry)
+		e2 := watch(t, w.provider, other)
+		pass(time.Second)
+		w.agent.Defederate(friend)
+		entry.FederatesWith = nil
+		_, first := numbered(1)
+		first.FederatesWith = []string{friend}
+		w.agent.SetEntries(first, entry)
+		pass(2 * time.Second)
+		for i, e := range []*events{e, e2} {
 			if got := domains(e.want(t, ca.Available).SVID); !equalNames(got, "cluster.local") {
-				t.Errorf("after Resync the workload trusts %q", got)
+				t.Errorf("workload %d trusts %q", i+1, got)
 			}
-			if got := w.agent.Opened(spireagent.SubscribeToX509SVIDs); got != 1 {
-				t.Errorf("%d streams of the workload", got)
-			}
-		})
+		}
 	})
-	t.Run("hint", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			w, e, _ := start(t)
-			other, entry := numbered(2)
+}
+
+// TestFault_111_ManyHints: workloads whose federation changes together ask once.
+func TestFault_111_ManyHints(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var entries []spireagent.Entry
+		var refs []ca.WorkloadRef
+		for i := range 50 {
+			ref, entry := numbered(i)
 			entry.FederatesWith = []string{friend}
-			w.agent.AddEntry(entry)
-			e2 := watch(t, w.provider, other)
-			pass(time.Second)
-			w.agent.Defederate(friend)
-			entry.FederatesWith = nil
-			_, first := numbered(1)
-			first.FederatesWith = []string{friend}
-			w.agent.SetEntries(first, entry)
-			pass(2 * time.Second)
-			for i, e := range []*events{e, e2} {
-				if got := domains(e.want(t, ca.Available).SVID); !equalNames(got, "cluster.local") {
-					t.Errorf("workload %d trusts %q", i+1, got)
-				}
-			}
-		})
-	})
-	t.Run("many hints ask once", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			var entries []spireagent.Entry
-			var refs []ca.WorkloadRef
-			for i := range 50 {
-				ref, entry := numbered(i)
-				entry.FederatesWith = []string{friend}
-				entries, refs = append(entries, entry), append(refs, ref)
-			}
-			w := newWorld(t, DelegatedConfig{Resync: time.Hour}, entries...)
-			w.agent.Federate(friend, catest.NewCA(t, friend))
-			for _, ref := range refs {
-				watch(t, w.provider, ref)
-			}
-			pass(5 * time.Second)
-			if got := w.agent.Opened(spireagent.SubscribeToX509Bundles); got != 1 {
-				t.Errorf("the bundles were asked for %d times before anything changed", got)
-			}
-			for i := range entries {
-				entries[i].FederatesWith = nil
-			}
-			w.agent.SetEntries(entries...)
-			pass(10 * time.Second)
-			if got := w.agent.Opened(spireagent.SubscribeToX509Bundles); got != 2 {
-				t.Errorf("the bundles were asked for %d times, want once more", got)
-			}
-		})
+			entries, refs = append(entries, entry), append(refs, ref)
+		}
+		w := newWorld(t, DelegatedConfig{Resync: time.Hour}, entries...)
+		w.agent.Federate(friend, catest.NewCA(t, friend))
+		for _, ref := range refs {
+			watch(t, w.provider, ref)
+		}
+		pass(5 * time.Second)
+		if got := w.agent.Opened(spireagent.SubscribeToX509Bundles); got != 1 {
+			t.Errorf("the bundles were asked for %d times before anything changed", got)
+		}
+		for i := range entries {
+			entries[i].FederatesWith = nil
+		}
+		w.agent.SetEntries(entries...)
+		pass(10 * time.Second)
+		if got := w.agent.Opened(spireagent.SubscribeToX509Bundles); got != 2 {
+			t.Errorf("the bundles were asked for %d times, want once more", got)
+		}
 	})
 }
 

@@ -37,10 +37,15 @@ func x25519Key(t *testing.T) []byte {
 
 type svids = delegatedv1.SubscribeToX509SVIDsResponse
 
-// TestMalformedMessages: a message that cannot be read is reported and does not
-// count (R43), whether it is the first one or a later one. What was before it
-// goes on, and still follows the bundles.
-func TestMalformedMessages(t *testing.T) {
+// malformed is a way to spoil a message, and what is said about it.
+type malformed struct {
+	name  string
+	spoil func(*svids)
+	want  string
+}
+
+func malformedMessages(t *testing.T) []malformed {
+	t.Helper()
 	foreign := catest.NewCA(t, "cluster.local")
 	wrongChain, _ := foreign.Leaf(t, webText)
 	otherChain, otherKey := foreign.Leaf(t, webText+"-other")
@@ -61,11 +66,7 @@ func TestMalformedMessages(t *testing.T) {
 			}
 		}
 	}
-	for _, tt := range []struct {
-		name  string
-		spoil func(*svids)
-		want  string
-	}{
+	return []malformed{
 		{"chain is garbage", replace([][]byte{{1, 2, 3}}, nil), "parse the certificates"},
 		{"chain has garbage behind it", func(m *svids) {
 			s := m.X509Svids[0].X509Svid
@@ -85,7 +86,14 @@ func TestMalformedMessages(t *testing.T) {
 		{"one of two is garbage", func(m *svids) {
 			m.X509Svids = append(m.X509Svids, &delegatedv1.X509SVIDWithKey{X509Svid: &types.X509SVID{Id: m.X509Svids[0].X509Svid.Id}})
 		}, "no PKCS #8 key"},
-	} {
+	}
+}
+
+// TestMalformedMessages: a message that cannot be read is reported and does not
+// count (R43), whether it is the first one or a later one. What was before it
+// goes on, and still follows the bundles.
+func TestMalformedMessages(t *testing.T) {
+	for _, tt := range malformedMessages(t) {
 		spoil := spireagent.Tamper{SVIDs: func(m *svids) {
 			if len(m.GetX509Svids()) > 0 {
 				tt.spoil(m)

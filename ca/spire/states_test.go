@@ -169,11 +169,16 @@ func TestFault_108_BrokenStreamKeepsTheSVID(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestFault_108_OneCut: a stream that ends once is opened anew almost at once, and
+// nothing has changed.
+func TestFault_108_OneCut(t *testing.T) {
 	for name, end := range map[string]error{
 		"EOF": nil, "unavailable": status.Error(codes.Unavailable, "shutting down"),
 		"denied": status.Error(codes.PermissionDenied, "no longer"), "unknown": status.Error(codes.Unknown, "what"),
 	} {
-		inBubble(t, "once "+name, func(t *testing.T, w *world) {
+		inBubble(t, name, func(t *testing.T, w *world) {
 			e := watch(t, w.provider, web)
 			pass(time.Minute)
 			before := e.want(t, ca.Available).SVID
