@@ -20,6 +20,7 @@ type Lease struct {
 	next     *hold         // of a live move under way
 	since    time.Time     // when that move began
 	changed  chan struct{} // closed and replaced when view changes
+	lost     error         // why the identity was taken back; nil when there was an SVID since
 	released bool
 }
 
@@ -42,13 +43,13 @@ func (l *Lease) Current() (*SVID, bool) {
 }
 
 // Withdrawn is why the provider took the identity back, nil when it did not: an
-// SVID that has expired, or was never there, is another matter. It does not wait.
+// SVID that has expired, or was never there, is another matter. It stays so until
+// there is an SVID again, also when a live move goes on to a provider that has not
+// answered yet. It does not wait.
 func (l *Lease) Withdrawn() error {
-	v := l.view.Load()
-	if v.state != Withdrawn || errors.Is(v.err, ErrReleased) {
-		return nil
-	}
-	return v.err
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	return l.lost
 }
 
 func (l *Lease) wait(ctx context.Context) (*SVID, error) {
@@ -116,6 +117,14 @@ func (l *Lease) Release() {
 func (l *Lease) store(v *view) {
 	if l.released || l.view.Load() == v {
 		return
+	}
+	switch v.state {
+	case Available:
+		l.lost = nil
+	case Withdrawn:
+		if l.lost = v.err; errors.Is(v.err, ErrReleased) {
+			l.lost = nil
+		}
 	}
 	l.view.Store(v)
 	close(l.changed)

@@ -344,6 +344,20 @@ func TestWithdrawnIdentityEndsTunnels(t *testing.T) {
 	}
 }
 
+// The same while the node is on its way to another provider, which has no
+// certificate for it yet.
+func TestWithdrawnDuringMoveEndsTunnels(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		root := catest.NewCA(t, meshTD)
+		client, server := m.certify("client", "10.0.1.2", root, false), m.certify("server", "10.0.2.2", root, false)
+		held := client.hold(server)
+		server.proxy.cfg.Certs.Replace(one{catest.NewProvider("next")})
+		held.check("while the next provider has not answered")
+		server.provider.Set(ca.Key{Provider: "test", ID: catest.ID(serverID)}, ca.Event{State: ca.Withdrawn, Err: ca.ErrDenied})
+		held.reset("the identity was withdrawn")
+	})
+}
+
 func TestExpiryCutsNoStream(t *testing.T) {
 	inMesh(t, func(t *testing.T, m *mesh) {
 		root := catest.NewCA(t, meshTD)
