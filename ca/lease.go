@@ -20,6 +20,7 @@ type Lease struct {
 	next     *hold         // of a live move under way
 	since    time.Time     // when that move began
 	changed  chan struct{} // closed and replaced when view changes
+	empty    time.Time     // when view was Available last; when it was acquired, before
 	lost     error         // why the identity was taken back; nil when there was an SVID since
 	released bool
 }
@@ -73,9 +74,33 @@ func (l *Lease) wait(ctx context.Context) (*SVID, error) {
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for the certificate of %s: %w", l.ref.ID, context.Cause(ctx))
+			return nil, l.late(context.Cause(ctx))
 		}
 	}
+}
+
+// late is the error of a wait that cause has ended: it says who was to answer, and
+// what is known of why it did not.
+func (l *Lease) late(cause error) error {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	h := l.hold
+	if h == nil {
+		return fmt.Errorf("wait for the certificate of %s: %w", l.ref.ID, cause)
+	}
+	err := fmt.Errorf("provider %s has not answered: %w", h.key.key.Provider, cause)
+	if h.lastErr != nil {
+		err = fmt.Errorf("provider %s: %w: %w", h.key.key.Provider, h.lastErr, cause)
+	}
+	return fmt.Errorf("wait for the certificate of %s: %w", l.ref.ID, err)
+}
+
+// Since is when the lease lost its SVID, or when it was acquired, if it had none
+// yet: from when on there is none, if there is none. It does not wait.
+func (l *Lease) Since() time.Time {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	return l.empty
 }
 
 // Changed is closed when what SVID returns has changed: an SVID was renewed,
@@ -117,6 +142,9 @@ func (l *Lease) Release() {
 func (l *Lease) store(v *view) {
 	if l.released || l.view.Load() == v {
 		return
+	}
+	if l.view.Load().state == Available {
+		l.empty = time.Now()
 	}
 	switch v.state {
 	case Available:

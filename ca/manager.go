@@ -185,7 +185,7 @@ func (m *Manager) runProvider(ctx context.Context, p Provider) {
 // Acquire leases the certificate of w. It does not block. The caller must
 // release the lease; w.PIDFD stays the caller's, and must stay open until then.
 func (m *Manager) Acquire(w WorkloadRef) *Lease {
-	l := &Lease{m: m, ref: w, changed: make(chan struct{})}
+	l := &Lease{m: m, ref: w, changed: make(chan struct{}), empty: time.Now()}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.stopped() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -72,7 +73,7 @@ func (p *Proxy) svid(ctx context.Context, w *state.Workload) (*ca.SVID, error) {
 	defer cancel()
 	svid, err := lease.SVID(ctx)
 	if err != nil {
-		return nil, &identityError{err}
+		return nil, &identityError{fmt.Errorf("no certificate since %s: %w", lease.Since().UTC().Format(time.RFC3339), err)}
 	}
 	return svid, nil
 }

@@ -358,6 +358,38 @@ func TestWithdrawnDuringMoveEndsTunnels(t *testing.T) {
 	})
 }
 
+// Case 96: a connection that waited in vain, and one that need not wait, say since
+// when there is no certificate, and why.
+func TestFault_096_NoCertificateSaysWhy(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		root := catest.NewCA(t, meshTD)
+		client, server := m.certify("client", "10.0.1.2", root, false), m.certify("server", "10.0.2.2", root, false)
+		why := errors.New("the CA cannot be reached")
+		key := ca.Key{Provider: "test", ID: catest.ID(clientID)}
+		lost := time.Now().UTC().Format(time.RFC3339)
+		for _, c := range []struct {
+			event ca.Event
+			want  string
+		}{
+			{ca.Event{State: ca.Withdrawn, Err: ca.ErrDenied}, ca.ErrDenied.Error()},
+			{ca.Event{State: ca.Unavailable, Err: why}, why.Error()},
+			{ca.Event{State: ca.Pending}, "wait for the certificate of " + clientID + ": provider test has not answered: context deadline exceeded"},
+			{ca.Event{State: ca.Pending, Err: why}, "wait for the certificate of " + clientID + ": provider test: " + why.Error() + ": context deadline exceeded"},
+		} {
+			client.provider.Set(key, c.event)
+			synctest.Wait()
+			if err := client.request(server.echoAddr(), "x"); err == nil {
+				t.Errorf("%v: a connection succeeded", c.event)
+			}
+			time.Sleep(time.Minute)
+			text := "identity error: no certificate since " + lost + ": " + c.want
+			if n := len(client.logs.find(map[string]string{"message": "connection complete", "error": text})); n != 1 {
+				t.Errorf("%d lines with %q in\n%s", n, text, client.logs.text("access"))
+			}
+		}
+	})
+}
+
 func TestExpiryCutsNoStream(t *testing.T) {
 	inMesh(t, func(t *testing.T, m *mesh) {
 		root := catest.NewCA(t, meshTD)
