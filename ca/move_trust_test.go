@@ -3,8 +3,10 @@ package ca_test
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/catest"
@@ -62,6 +64,38 @@ func TestMoveKeepsTrust(t *testing.T) {
 		}
 		m.Replace(catest.Fixed{to})
 		trusts("the others are no longer listed", false)
+	})
+}
+
+// TestBundlesBringNothingBack: an SVID that was withdrawn or has expired does not
+// come back with the next change of another provider's anchors.
+func TestBundlesBringNothingBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		own, side := catest.NewProvider("own"), catest.NewProvider("side")
+		td := catest.NewCA(t, "td.test")
+		ref := ca.WorkloadRef{ID: web}
+		m := catest.RunManager(t, catest.Fixed{own, side}, ca.ManagerConfig{})
+		l := m.Acquire(ref)
+		defer l.Release()
+		for _, end := range []struct {
+			name string
+			do   func()
+			want error
+		}{
+			{"withdrawn", func() { own.Set(own.Key(ref), ca.Event{State: ca.Withdrawn, Err: ca.ErrDenied}) }, ca.ErrDenied},
+			{"expired", func() { sleep(time.Hour) }, ca.ErrExpired},
+		} {
+			own.Set(own.Key(ref), available(td.SVID(t, web, catest.Life(time.Hour))))
+			if _, err := now(t, l); err != nil {
+				t.Fatal(err)
+			}
+			end.do()
+			synctest.Wait()
+			side.SetBundles(catest.NewCA(t, "td.test").Bundles(ca.Strict))
+			if svid, err := now(t, l); !errors.Is(err, end.want) {
+				t.Errorf("%s, after new anchors: %v, %v, want %v", end.name, svid, err, end.want)
+			}
+		}
 	})
 }
 
