@@ -145,6 +145,17 @@ func (b *Bundles) WithAliases(own spiffeid.TrustDomain, aliases ...spiffeid.Trus
 	return NewBundles(m)
 }
 
+// only are the anchors of td, and of the aliases for which they are registered.
+func (b *Bundles) only(td spiffeid.TrustDomain) *Bundles {
+	m := make(map[spiffeid.TrustDomain][]Anchor)
+	for domain, as := range b.domains {
+		if domain == td || len(as) > 0 && as[0].origin == td {
+			m[domain] = as
+		}
+	}
+	return NewBundles(m)
+}
+
 // Union joins bundles per trust domain: an anchor of one trust domain never
 // counts for another (R30). Nil entries are skipped. When all others add
 // nothing, the first one is returned as it is, with its generation.

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // view is what a lease can see. It is immutable.
@@ -202,28 +200,39 @@ func (h *hold) watchBundles(all []Provider) {
 
 // inherit takes over what old knows of the anchors of the other providers, old's
 // own among them, as far as those have not spoken to h yet: a lease that moves
-// must not lose the trust that it has. Of old's own it is the trust domain of its
-// SVID only: what the provider grants beyond goes with that SVID. It is called
-// with the lock held.
+// must not lose the trust that it has. It is called with the lock held.
 func (h *hold) inherit(old *hold) {
 	changed := false
 	for p, w := range h.extra {
-		if w.latest != nil {
-			continue
+		if w.latest == nil {
+			w.latest = old.known(p)
+			changed = changed || w.latest != nil
 		}
-		if p == old.key.provider {
-			if old.own != nil {
-				td := old.own.ID.TrustDomain()
-				w.latest = NewBundles(map[spiffeid.TrustDomain][]Anchor{td: old.own.Bundles.Anchors(td)})
-			}
-		} else if known := old.extra[p]; known != nil {
-			w.latest = known.latest
-		}
-		changed = changed || w.latest != nil
 	}
 	if changed {
 		h.publishSVID()
 	}
+}
+
+// known is what p has contributed to h, or else the provider whose place it takes
+// with other settings; nil if nothing. Of h's own it is the trust domain of its
+// SVID with the aliases: what the provider grants beyond goes with that SVID.
+func (h *hold) known(p Provider) *Bundles {
+	if w := h.extra[p]; w != nil && w.latest != nil {
+		return w.latest
+	}
+	if h.key.provider.Name() == p.Name() {
+		if h.own == nil {
+			return nil
+		}
+		return h.own.Bundles.only(h.own.ID.TrustDomain())
+	}
+	for other, w := range h.extra {
+		if other.Name() == p.Name() && w.latest != nil {
+			return w.latest
+		}
+	}
+	return nil
 }
 
 // watchBundlesOf feeds w from p until ctx ends.

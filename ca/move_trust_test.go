@@ -67,6 +67,44 @@ func TestMoveKeepsTrust(t *testing.T) {
 	})
 }
 
+// TestMoveWithNewSettingsKeepsTrust: the same when the providers that stay listed
+// get other settings with the change that moves the lease, and for the aliases of
+// a trust domain.
+func TestMoveWithNewSettingsKeepsTrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		from, side, to := catest.NewProvider("from"), catest.NewProvider("side"), catest.NewProvider("to")
+		oldCA, sideCA, newCA := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
+		alias := catest.TrustDomain("alias.test")
+		ref := ca.WorkloadRef{ID: web}
+		from.Set(from.Key(ref), available(oldCA.SVIDWith(t, web, oldCA.Bundles(ca.Strict).WithAliases(oldCA.TrustDomain, alias))))
+		side.SetBundles(sideCA.Bundles(ca.Strict))
+		to.Set(to.Key(ref), available(newCA.SVID(t, web)))
+		m := catest.RunManager(t, catest.Fixed{from, side}, ca.ManagerConfig{})
+		l := m.Acquire(ref)
+		defer l.Release()
+		if _, err := now(t, l); err != nil {
+			t.Fatal(err)
+		}
+		m.Replace(catest.Fixed{to, mute{catest.NewProvider("from")}, mute{catest.NewProvider("side")}})
+		svid, err := now(t, l)
+		if err != nil || svid.Bundles.Equal(newCA.Bundles(ca.Strict)) {
+			t.Fatalf("%v, %v, want the anchors of the others, too", svid, err)
+		}
+		peer := func(c *catest.CA, id string) []*x509.Certificate {
+			chain, _ := c.Leaf(t, id)
+			return chain
+		}
+		for name, chain := range map[string][]*x509.Certificate{
+			"the old one": peer(oldCA, other.String()), "the one beside it": peer(sideCA, other.String()),
+			"an alias": peer(oldCA, "spiffe://alias.test/ns/a/sa/other"), "the new one": peer(newCA, other.String()),
+		} {
+			if _, err := ca.VerifySVID(chain, svid.Bundles, ca.VerifyOptions{}); err != nil {
+				t.Errorf("a peer of %s: %v", name, err)
+			}
+		}
+	})
+}
+
 // TestBundlesBringNothingBack: an SVID that was withdrawn or has expired does not
 // come back with the next change of another provider's anchors.
 func TestBundlesBringNothingBack(t *testing.T) {
