@@ -52,6 +52,7 @@ var brokerAdvice = []advice{
 	{codes.PermissionDenied, "impersonate-via-spire", errGone,
 		"allow the proxy's SPIFFE ID, as a Kubernetes user, the verb impersonate-via-spire on pods, or set access_policy to permissive"},
 	adviceNotEntitled,
+	adviceTooLarge,
 	{codes.Unauthenticated, "workload attestation failed", nil,
 		"the agent could not attest the workload"},
 	{codes.Unauthenticated, "", ca.ErrDenied, "the agent does not recognize the proxy's own SVID"},

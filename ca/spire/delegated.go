@@ -222,7 +222,19 @@ var delegatedAdvice = []advice{
 	{codes.Unimplemented, "", ca.ErrConfig,
 		"this is not the admin socket of a SPIRE agent; SPIRE_ADMIN_ENDPOINT_SOCKET must name admin_socket_path, not socket_path"},
 	{codes.InvalidArgument, "", ca.ErrConfig, "the agent refuses the reference to the workload"},
-	{codes.Unavailable, "workload attestation failed", nil, "the agent could not attest the process of the workload"},
+	adviceUnattested,
+	adviceTooLarge,
 }
 
-func (d *delegated) explain(err error) error { return explain(err, d.link.lastDial(), delegatedAdvice) }
+// byPIDAdvice goes before, when processes are referenced: the agent says of both
+// with the same words that it could not attest them.
+var byPIDAdvice = advice{codes.Unavailable, "workload attestation failed", nil,
+	"the agent could not attest the process of the workload, or this proxy: see the agent's log"}
+
+func (d *delegated) explain(err error) error {
+	advices := delegatedAdvice
+	if d.cfg.ByPID {
+		advices = slices.Insert(slices.Clone(advices), 0, byPIDAdvice)
+	}
+	return explain(err, d.link.lastDial(), advices)
+}

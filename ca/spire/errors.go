@@ -26,6 +26,15 @@ type advice struct {
 	hint string
 }
 
+// What several APIs have in common. A message that is too large is our own gRPC's
+// complaint; the code is also that of an agent that limits the rate.
+var (
+	adviceUnattested = advice{codes.Unavailable, "workload attestation failed", nil,
+		"the agent could not attest this proxy; it needs to see the proxy's process, in Kubernetes by hostPID"}
+	adviceTooLarge = advice{codes.ResourceExhausted, "larger than max", ca.ErrConfig,
+		"a message of the agent is larger than this proxy takes: let the workload match fewer entries, or federate with fewer trust domains"}
+)
+
 // explain gives an error its class by the first advice that fits. It is the only
 // place that sees gRPC's codes.
 func explain(err error, dialErr error, advices []advice) error {

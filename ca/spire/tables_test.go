@@ -173,7 +173,7 @@ func TestExplain(t *testing.T) {
 		{err: status.Error(codes.PermissionDenied, "other"), want: "does not accept this proxy as a delegate (PermissionDenied: other)", is: ca.ErrDenied},
 		{err: status.Error(codes.Unimplemented, "unknown service"), want: "must name admin_socket_path, not socket_path", is: ca.ErrConfig},
 		{err: status.Error(codes.InvalidArgument, "must provide either selectors or non-zero PID, but not both"), want: "refuses the reference", is: ca.ErrConfig},
-		{err: status.Error(codes.Unavailable, "workload attestation failed: x"), want: "could not attest"},
+		{err: status.Error(codes.Unavailable, "workload attestation failed: x"), want: "could not attest this proxy"},
 		{err: status.Error(codes.Unavailable, "EOF"), want: "lost the agent: EOF"},
 		{err: status.Error(codes.Internal, "could not serialize response"), want: "the agent answered Internal: could not serialize response"},
 		{err: io.EOF, want: "the agent ended the stream"},
@@ -252,6 +252,22 @@ func TestManyComplaints(t *testing.T) {
 		pass(0)
 		if !strings.Contains(out.String(), "something else") {
 			t.Error("another trouble, two minutes later, is not logged")
+		}
+	})
+}
+
+// TestTooLarge: the limit is ours, and no rate, whatever the code is.
+func TestTooLarge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, DelegatedConfig{}, webEntry)
+		w.agent.SetTamper(spireagent.Tamper{SVIDs: func(m *svids) { m.X509Svids[0].X509SvidKey = make([]byte, maxMessage) }})
+		e := watch(t, w.provider, web)
+		pass(time.Minute)
+		if ev := e.want(t, ca.Unavailable, "larger than this proxy takes"); !errors.Is(ev.Err, ca.ErrConfig) {
+			t.Errorf("%v is no ErrConfig", ev.Err)
+		}
+		if got := w.agent.Opened(spireagent.SubscribeToX509SVIDs); got > 15 {
+			t.Errorf("the message was asked for %d times", got)
 		}
 	})
 }

@@ -125,8 +125,8 @@ func (a *workloadAPI) open(ctx context.Context, conn *grpc.ClientConn, want spif
 var workloadAdvice = []advice{
 	{codes.PermissionDenied, "", errRedacted,
 		"make a SPIRE entry for this node whose selectors match the proxy's own pod"},
-	{codes.Unavailable, "workload attestation failed", nil,
-		"the agent could not attest this proxy; it needs to see the proxy's process, in Kubernetes by hostPID"},
+	adviceUnattested,
+	adviceTooLarge,
 	{codes.ResourceExhausted, "", nil, "the agent limits the rate of requests"},
 	{codes.InvalidArgument, "", ca.ErrConfig, "the agent refuses the request; something on the way to it may drop the header workload.spiffe.io"},
 	{codes.Unimplemented, "", ca.ErrConfig,
