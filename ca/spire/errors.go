@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -103,10 +104,8 @@ func (c *complaints) log(ctx context.Context, log *slog.Logger, err error) {
 	if errors.Is(err, errGone) {
 		return // it is about one workload, and told there
 	}
-	switch fresh, full := c.note(err.Error(), time.Now()); {
-	case full:
-		log.WarnContext(ctx, "there are more troubles with the SPIRE agent than are logged; see LAST ERROR of ztunnel certs -o wide")
-	case !fresh:
+	switch {
+	case !c.news(ctx, log, err.Error()):
 	case errors.Is(err, errRedacted):
 		log.WarnContext(ctx, "SPIRE has no identity for this proxy", "error", err.Error())
 	case errors.Is(err, ca.ErrRejected):
@@ -114,6 +113,22 @@ func (c *complaints) log(ctx context.Context, log *slog.Logger, err error) {
 	default:
 		log.WarnContext(ctx, "no stream from the SPIRE agent, certificates stay as they are until they expire", "error", err.Error())
 	}
+}
+
+// refused logs that the agent has nothing for a workload.
+func (c *complaints) refused(ctx context.Context, log *slog.Logger, level slog.Level, id spiffeid.ID, err error) {
+	if c.news(ctx, log, id.String()+" "+err.Error()) {
+		log.Log(ctx, level, "SPIRE grants the workload no identity", "identity", id, "error", err.Error())
+	}
+}
+
+// news reports whether a trouble is to be logged.
+func (c *complaints) news(ctx context.Context, log *slog.Logger, trouble string) bool {
+	fresh, full := c.note(trouble, time.Now())
+	if full {
+		log.WarnContext(ctx, "there are more troubles with the SPIRE agent than are logged; see LAST ERROR of ztunnel certs -o wide")
+	}
+	return fresh
 }
 
 // note remembers a trouble. fresh says that it is to be logged, full that it is the

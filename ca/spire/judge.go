@@ -123,13 +123,21 @@ func (j *judge) nothing(ctx context.Context, why error) {
 		}
 		j.withdraw(why)
 	case j.gone != nil:
-		j.say(ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
+		j.refuse(ctx, slog.LevelWarn, ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
 	case len(j.latest.others) > 0:
-		j.say(ca.Event{State: ca.Unavailable, Err: why})
+		j.refuse(ctx, slog.LevelWarn, ca.Event{State: ca.Unavailable, Err: why})
 	case j.broken != nil:
 		j.say(ca.Event{State: ca.Unavailable, Err: j.broken, Next: j.next})
 	default:
-		j.say(ca.Event{State: ca.Pending, Err: why})
+		// A pod is often there before its entry.
+		j.refuse(ctx, slog.LevelInfo, ca.Event{State: ca.Pending, Err: why})
+	}
+}
+
+// refuse reports that there never was an SVID, because the agent says so.
+func (j *judge) refuse(ctx context.Context, level slog.Level, ev ca.Event) {
+	if j.say(ev) {
+		j.s.link.refusals.refused(ctx, j.s.cfg.Logger, level, j.s.want, ev.Err)
 	}
 }
 
@@ -267,10 +275,12 @@ func (j *judge) still() {
 	}
 }
 
-// say reports ev, unless it was said before.
-func (j *judge) say(ev ca.Event) {
-	if ev.State != ca.Available && ev.State == j.said.State && text(ev.Err) == text(j.said.Err) && ev.Next.Equal(j.said.Next) {
-		return
+// say reports ev, unless it was said before. It is news when it is more than
+// another time of the next attempt.
+func (j *judge) say(ev ca.Event) (news bool) {
+	same := ev.State == j.said.State && text(ev.Err) == text(j.said.Err)
+	if ev.State != ca.Available && same && ev.Next.Equal(j.said.Next) {
+		return false
 	}
 	svid := j.said.SVID
 	j.said = ev
@@ -278,6 +288,7 @@ func (j *judge) say(ev ca.Event) {
 		j.said.SVID = svid // the manager keeps it, too
 	}
 	j.update(ev)
+	return !same
 }
 
 func text(err error) string {

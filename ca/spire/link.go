@@ -27,7 +27,8 @@ type link struct {
 	dial  func(context.Context) (net.Conn, error)
 	creds credentials.TransportCredentials
 
-	complaints complaints
+	complaints complaints // about the agent
+	refusals   complaints // of single workloads: many must not hide the others
 
 	mu      sync.Mutex // guards what follows
 	conn    *grpc.ClientConn

@@ -271,3 +271,38 @@ func TestTooLarge(t *testing.T) {
 		}
 	})
 }
+
+// TestRefusalIsLogged: a workload for which SPIRE has nothing is a line that says
+// what is missing, once, and many of them do not hide what else is wrong.
+func TestRefusalIsLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out strings.Builder
+		other := webEntry
+		other.ID += "-other"
+		other.Selectors = []string{"k8s:pod-uid:uid-0"}
+		w := newWorld(t, DelegatedConfig{Common: Common{Logger: slog.New(slog.NewTextHandler(&out, nil))}}, other)
+		for i := range 2 * maxComplaints {
+			ref, _ := numbered(i)
+			watch(t, w.provider, ref)
+			pass(time.Millisecond)
+		}
+		pass(time.Hour)
+		for want, n := range map[string]int{
+			"SPIRE grants the workload no identity": maxComplaints, "more troubles": 1,
+			"level=WARN msg=\"SPIRE grants the workload no identity\" component=ca provider=spire-delegated identity=" + webText + " error=\"did not find expected SAN":                                                                                     1,
+			"level=INFO msg=\"SPIRE grants the workload no identity\" component=ca provider=spire-delegated identity=" + webText + " error=\"the certificate provider denied the identity: no SPIRE entry for this agent matches the selectors k8s:ns:shop": maxComplaints - 1,
+		} {
+			if got := strings.Count(out.String(), want); got != n {
+				t.Errorf("%d lines with %q, want %d", got, want, n)
+			}
+		}
+		w.agent.SetDelegate(spireagent.WithoutEntry)
+		pass(0)
+		if !strings.Contains(out.String(), "the delegate needs one") {
+			t.Error("another trouble is not logged")
+		}
+		if t.Failed() {
+			t.Log(out.String())
+		}
+	})
+}
