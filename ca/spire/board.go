@@ -143,3 +143,11 @@ func (b *board) bundles(own spiffeid.TrustDomain, federates []spiffeid.TrustDoma
 	}
 	return e.bundles, nil
 }
+
+// distrusts reports whether the agent says that nobody of td is to be trusted: its
+// bundle is empty, or gone.
+func (b *board) distrusts(td spiffeid.TrustDomain) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all != nil && len(b.anchors[td]) == 0
+}

@@ -111,11 +111,13 @@ func (j *judge) absent(ctx context.Context) error {
 // SPIRE is not ready, later that it took the identity back.
 func (j *judge) nothing(ctx context.Context, why error) {
 	switch {
+	case j.had && j.s.board != nil && j.s.board.distrusts(j.s.want.TrustDomain()):
+		j.stopGrace()
+		j.distrusted(ctx, j.s.want.TrustDomain())
 	case j.had && !j.graceOver:
 		if j.grace == nil {
 			j.startGrace(ctx)
 		}
-		return
 	case j.had || j.withdrawn:
 		j.stopGrace()
 		if j.had {
@@ -230,7 +232,7 @@ func (j *judge) distrusted(ctx context.Context, td spiffeid.TrustDomain) {
 	err := fmt.Errorf("the agent has no certificate in its bundle of trust domain %q, which makes all of its identities invalid", td.Name())
 	switch {
 	case j.had:
-		j.s.cfg.Logger.WarnContext(ctx, "SPIRE emptied the bundle of the trust domain, the identity is no longer used and its tunnels end", "identity", j.latest.best.id, "trust_domain", td.Name())
+		j.s.cfg.Logger.WarnContext(ctx, "SPIRE emptied the bundle of the trust domain, the identity is no longer used and its tunnels end", "identity", j.identity(), "trust_domain", td.Name())
 		j.withdraw(err)
 	case j.withdrawn:
 		j.withdraw(err)
