@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,6 +89,7 @@ type trial struct {
 	fresh bool // the next answer is the first of its stream
 	did   []string
 
+	mu      sync.Mutex // guards what follows
 	last    ca.Event
 	said    int
 	current *ca.SVID // as the manager has it
@@ -107,6 +109,8 @@ func newTrial(t *testing.T, seed uint64, roots map[spiffeid.TrustDomain]*catest.
 }
 
 func (r *trial) update(ev ca.Event) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.last = ev
 	r.said++
 	switch ev.State {
@@ -204,6 +208,8 @@ func (r *trial) step() {
 
 // check holds the judge against the states.
 func (r *trial) check() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	now := time.Now()
 	want := r.want.usable(now)
 	var got *ca.SVID
