@@ -183,16 +183,20 @@ func parseAddress(s string) (endpoint, error) {
 		return endpoint{}, errors.New("field Address is empty, " + wantAddress)
 	}
 	u, err := url.Parse(s)
-	if err != nil {
+	switch {
+	case err != nil && strings.Contains(s, "@"): // with a password, which the error repeats
+		return endpoint{}, errors.New("field Address is no URL, and has a user in it, " + wantAddress)
+	case err != nil:
 		return endpoint{}, fmt.Errorf("field Address %q: %w, "+wantAddress, s, err)
 	}
+	s = u.Redacted()
 	switch {
 	case u.Scheme == "http":
 		return endpoint{}, fmt.Errorf("field Address %q: http is refused, since token and certificates would cross the network in the clear; "+wantAddress, s)
 	case u.Scheme != "https" && u.Scheme != "unix":
 		return endpoint{}, fmt.Errorf("field Address %q: unknown scheme %q, "+wantAddress, s, u.Scheme)
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Opaque != "":
-		return endpoint{}, fmt.Errorf("field Address %q: there is more than an address, "+wantAddress, u.Redacted())
+		return endpoint{}, fmt.Errorf("field Address %q: there is more than an address, "+wantAddress, s)
 	}
 	if u.Scheme == "unix" {
 		if u.Host != "" || !strings.HasPrefix(u.Path, "/") || strings.HasSuffix(u.Path, "/") {

@@ -21,6 +21,9 @@ func TestConfigErrors(t *testing.T) {
 		{"no scheme", istio.Config{Address: "istiod:15010"}, []string{"Address", "https://host:port"}},
 		{"path", istio.Config{Address: good + "/x"}, []string{"Address", "path"}},
 		{"user", istio.Config{Address: "https://me:pass@istiod:1"}, []string{"Address", "me:xxxxx@", "https://host:port"}},
+		{"user, http", istio.Config{Address: "http://me:pa55word@istiod:1"}, []string{"Address", "http is refused"}},
+		{"user, scheme", istio.Config{Address: "grpc://me:pa55word@istiod:1"}, []string{"Address", "unknown scheme"}},
+		{"user, no URL", istio.Config{Address: "https://me:pa55word@istiod:x"}, []string{"Address", "https://host:port"}},
 		{"no host", istio.Config{Address: "https://:15012"}, []string{"Address", "no host"}},
 		{"port", istio.Config{Address: "https://istiod:x"}, []string{"Address"}},
 		{"relative socket", istio.Config{Address: "unix://run/ca.sock"}, []string{"Address", "socket"}},
@@ -50,6 +53,9 @@ func TestConfigErrors(t *testing.T) {
 			}
 			if tt.cfg.Token != "" && strings.Contains(err.Error(), tt.cfg.Token) {
 				t.Errorf("%q shows the token", err)
+			}
+			if strings.Contains(err.Error(), "pa55word") {
+				t.Errorf("%q shows the password", err)
 			}
 		})
 	}
