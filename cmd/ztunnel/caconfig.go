@@ -28,7 +28,7 @@ type caConfigWatch struct {
 
 	checking  sync.Mutex // held while the file is read; guards what follows
 	watch     *filewatch.Watcher
-	unread    bool // the last attempt could not read the file, whose look watch knows already
+	pending   bool // a change was seen and not loaded, or the file could not be read
 	providers []ProviderConfig
 	routes    []router.Rule
 
@@ -55,22 +55,27 @@ func newCAConfigWatch(cfg *Config, readFile func(string) ([]byte, error), regist
 	return w
 }
 
-// run looks at the file until ctx ends, whose cause it returns. The first look
-// reads it in any case: it may have changed since Load.
+// run looks at the file until ctx ends, whose cause it returns. The first looks
+// read it in any case: it may have changed since Load.
 func (w *caConfigWatch) run(ctx context.Context) error {
 	w.check(ctx)
 	return filewatch.Run(ctx, w.interval, func() { w.check(ctx) })
 }
 
-// check loads the file if it has changed.
+// check loads the file if it has changed, at the first look that finds it as the
+// one before did: half of a file that is being written may be a list of fewer
+// providers, and those that it lacks would lose their trust.
 func (w *caConfigWatch) check(ctx context.Context) {
 	w.checking.Lock()
 	defer w.checking.Unlock()
 	changed, err := w.watch.Check()
 	switch {
 	case err != nil:
-		w.unread = true
-	case !changed && !w.unread:
+		w.pending = true
+	case changed:
+		w.pending = true
+		return
+	case !w.pending:
 		return
 	default:
 		err = w.load()
@@ -93,7 +98,7 @@ func (w *caConfigWatch) check(ctx context.Context) {
 // load reads the file and replaces what has changed.
 func (w *caConfigWatch) load() error {
 	text, err := w.readFile(w.cfg.CA.ConfigFile)
-	w.unread = err != nil
+	w.pending = err != nil
 	if err != nil {
 		return fmt.Errorf("read %s: %w", w.cfg.CA.ConfigFile, err)
 	}

@@ -15,6 +15,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/catest"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
@@ -65,6 +68,7 @@ func (d *direct) lists(r *running, c *twoCAs, names ...string) {
 	d.t.Helper()
 	c.list(names...)
 	r.caConfig.check(d.ctx)
+	r.caConfig.check(d.ctx) // it stands still
 }
 
 // movesTo waits until all certificates of a node are of one provider.
@@ -204,6 +208,85 @@ func TestLiveMove(t *testing.T) {
 	}
 	if got := d.client.logs.String(); !strings.Contains(got, "several certificate providers are listed") || !strings.Contains(got, "is complete") {
 		t.Errorf("the log says nothing of the moves:\n%s", got)
+	}
+}
+
+// TestCAConfigIsFollowed: routes count as providers do; a file that is still being
+// written is not taken for a short one; one that is gone for a while is an error
+// for that while, and no change.
+func TestCAConfigIsFollowed(t *testing.T) {
+	file := newTwoCAs(t, nil)
+	both := "providers: [{name: a, type: local}, {name: b, type: local}]\n"
+	file.write(both)
+	fake := func(_ providerParts, p ProviderConfig) (ca.Provider, error) { return catest.NewProvider(p.Name), nil }
+	cfg := directConfig(t, "local", "n", "CA_PROVIDER=istio", "CA_CONFIG="+file.path)
+	w := newCAConfigWatch(cfg, os.ReadFile, prometheus.NewRegistry())
+	w.log = slog.New(slog.DiscardHandler)
+	w.set = &providerSet{cfg: cfg, backends: map[string]backend{providerLocal: fake}, log: w.log}
+	var now ca.Router
+	w.replace = func(r ca.Router) { now = r }
+	look := func(what string, wantError bool, want ...string) {
+		t.Helper()
+		now = nil
+		w.check(t.Context())
+		var got []string
+		if now != nil {
+			for _, p := range now.All() {
+				got = append(got, p.Name())
+			}
+			got = append(got, "shop: "+now.For(ca.WorkloadRef{Namespace: "shop"}).Name())
+		}
+		if err := w.lastError(); (err != nil) != wantError || !slices.Equal(got, want) {
+			t.Errorf("%s: %v, %v, want %v, an error: %v", what, got, err, want, wantError)
+		}
+	}
+	look("first look", false)
+	look("as it was loaded", false)
+	file.write(both + "routes: [{namespace: shop, provider: b}]\n")
+	look("a route, seen", false)
+	look("a route", false, "a", "b", "shop: b")
+	look("nothing new", false)
+
+	file.write("providers: [{name: b, type: local}]\n")
+	look("half of it", false)
+	file.write("providers: [{name: b, type: local}, {name: a, type: local}]\n")
+	look("all of it, seen", false)
+	look("all of it", false, "b", "a", "shop: b")
+
+	if err := os.Rename(file.path, file.path+".away"); err != nil {
+		t.Fatal(err)
+	}
+	look("gone", true)
+	look("still gone", true)
+	if err := os.Rename(file.path+".away", file.path); err != nil {
+		t.Fatal(err)
+	}
+	look("back", false)
+	file.write("providers: [{name: b, typo: local}]\n")
+	look("bad, seen", false)
+	look("bad", true)
+	look("still bad", true)
+}
+
+// TestTrustDomainOfProviders: whoever signs or contributes anchors by a trust
+// domain does so for DEFAULT_TRUST_DOMAIN; aliases are for those whose protocol
+// has none (design D2).
+func TestTrustDomainOfProviders(t *testing.T) {
+	cfg := directConfig(t, "local", "n", "DEFAULT_TRUST_DOMAIN=mesh.test", "TRUST_DOMAIN_ALIASES=old.test")
+	trust, err := trustOf(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := cfg.CA.Providers[0]
+	aliases := []spiffeid.TrustDomain{catest.TrustDomain("old.test")}
+	signer, embedded, delegated := istioConfig(cfg, trust, p), localCAConfig(trust, p), delegatedConfig(cfg, trust, p)
+	for name, td := range map[string]spiffeid.TrustDomain{"istio": signer.TrustDomain, "local": embedded.TrustDomain, "spire-delegated": delegated.TrustDomain} {
+		if td != catest.TrustDomain("mesh.test") {
+			t.Errorf("%s: trust domain %q", name, td)
+		}
+	}
+	if !slices.Equal(signer.Aliases, aliases) || !slices.Equal(embedded.Aliases, aliases) {
+		t.Errorf("aliases %v and %v, want %v", signer.Aliases, embedded.Aliases, aliases)
 	}
 }
 
