@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"sync"
 
@@ -133,9 +132,11 @@ func (p *Proxy) watchTrust(ctx context.Context) {
 		// The channels before the look, so that no change is lost.
 		changed, revoked, renewed := p.cfg.Store.Changed(), p.cfg.CRLs.Changed(), never
 		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
-			if lease, err := p.identity.leaseFor(w, p.cfg.PodUID); err == nil {
-				renewed = lease.Changed()
-			}
+			// The error is that the store has another one by now: it has changed, too.
+			_, _ = p.identity.leaseFor(w, p.cfg.PodUID)
+		}
+		if lease := p.identity.current(); lease != nil { // also of a workload that the store has lost
+			renewed = lease.Changed()
 		}
 		if now := p.trust(); !now.same(judged) {
 			judged = now
@@ -256,6 +257,6 @@ func (t *tunnel) untrack(why error) {
 	}
 	t.untracked = true
 	t.p.cfg.Metrics.untracked.WithLabelValues(t.reporter).Inc()
-	t.p.log.LogAttrs(context.Background(), slog.LevelWarn, "revocation lists cannot be applied to a tunnel, which goes on: repair the lists of its CA",
-		slog.String("direction", direction(t.reporter)), slog.Any("peer", t.info.Remote), slog.String("error", why.Error()))
+	t.p.log.Warn("revocation lists cannot be applied to a tunnel, which goes on: repair the lists of its CA",
+		"direction", direction(t.reporter), "peer", t.info.Remote, "error", why.Error())
 }
