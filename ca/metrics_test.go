@@ -96,9 +96,15 @@ func TestManagerMetrics(t *testing.T) {
 			p.Set(p.Key(lease.Ref()), ca.Event{State: ca.Available, SVID: svid})
 			synctest.Wait()
 		}
+		for _, sa := range []string{"more", "again"} { // of which none expires before
+			later := m.Acquire(ca.WorkloadRef{ID: catest.ID("spiffe://td.test/ns/zz/sa/" + sa)})
+			defer later.Release()
+			p.Set(p.Key(later.Ref()), ca.Event{State: ca.Available, SVID: authority.SVID(t, later.Ref().ID, catest.Life(48*time.Hour))})
+		}
+		synctest.Wait()
 		got := samples(t, r)
 		for name, want := range map[string]float64{
-			"istio_ca_certificates{x,pending}": 0, "istio_ca_certificates{x,available}": 1,
+			"istio_ca_certificates{x,pending}": 0, "istio_ca_certificates{x,available}": 3,
 			"istio_ca_renewals_total{x}": 2, "istio_ca_soonest_expiry_timestamp_seconds{x}": float64(until.Unix()),
 		} {
 			if got[name] != want {

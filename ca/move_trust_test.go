@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -64,6 +65,45 @@ func TestMoveKeepsTrust(t *testing.T) {
 		}
 		m.Replace(catest.Fixed{to})
 		trusts("the others are no longer listed", false)
+	})
+}
+
+// counted counts the watches of bundles.
+type counted struct {
+	*catest.Provider
+	watches atomic.Int32
+}
+
+func (c *counted) WatchBundles(ctx context.Context, w ca.WorkloadRef, update func(*ca.Bundles)) error {
+	c.watches.Add(1)
+	defer c.watches.Add(-1)
+	return c.Provider.WatchBundles(ctx, w, update)
+}
+
+// TestOwnBundlesAlone: of the provider that issues it, a lease trusts what came with
+// its SVID, and not what the provider contributes to others; and nobody goes on
+// listening to a provider that is no longer listed.
+func TestOwnBundlesAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		own, side := &counted{Provider: catest.NewProvider("own")}, &counted{Provider: catest.NewProvider("side")}
+		granted, wider := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
+		ref := ca.WorkloadRef{ID: web}
+		own.Set(own.Key(ref), available(granted.SVID(t, web)))
+		own.SetBundles(wider.Bundles(ca.Strict))
+		m := catest.RunManager(t, catest.Fixed{own, side}, ca.ManagerConfig{})
+		l := m.Acquire(ref)
+		defer l.Release()
+		if svid, err := now(t, l); err != nil || !svid.Bundles.Equal(granted.Bundles(ca.Strict)) {
+			t.Errorf("%v, %v, want the bundles of the SVID and no others", svid, err)
+		}
+		if own, side := own.watches.Load(), side.watches.Load(); own != 0 || side != 1 {
+			t.Errorf("%d and %d watches of bundles, want none of the own provider, one of the other", own, side)
+		}
+		m.Replace(catest.Fixed{own})
+		synctest.Wait()
+		if n := side.watches.Load(); n != 0 {
+			t.Errorf("%d watches of the provider that is gone", n)
+		}
 	})
 }
 
