@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -101,6 +102,18 @@ func brokerHarness() catest.Harness {
 func newBrokerWorld(t *testing.T, cfg BrokerConfig) *world {
 	t.Helper()
 	agent := newBrokerAgent(t)
+	cfg.DialWorkloadAPI = func(ctx context.Context) (net.Conn, error) {
+		// The time of a bubble goes on when everybody waits: whatever the test has set
+		// up before it waits is so from the start.
+		pause := time.NewTimer(time.Nanosecond)
+		defer pause.Stop()
+		select {
+		case <-pause.C:
+			return agent.DialWorkload(ctx)
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 	p := newBroker(t, agent, cfg)
 	run(t, p)
 	return &world{agent, p}
