@@ -18,7 +18,8 @@ import (
 	"github.com/ztunnel-go/ztunnel/internal/filewatch"
 )
 
-// The keys of the request's metadata that istiod and istio-csr know.
+// The keys of the request's metadata. Of the cluster, istiod goes by the header
+// clusterid; other CAs may look here.
 const (
 	metaIdentity   = "ImpersonatedIdentity"
 	metaClusterID  = "ClusterID"

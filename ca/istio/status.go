@@ -65,7 +65,7 @@ func (f *fetcher) signingError(err error) error {
 	case codes.Unimplemented:
 		e.class, e.hint = ca.ErrConfig, "what listens there is no Istio CA: correct CA_ADDRESS"
 	case codes.InvalidArgument:
-		e.class, e.hint = ca.ErrConfig, "the CA does not accept the form of our requests: see its log"
+		e.class, e.hint = ca.ErrConfig, "the CA does not accept what we ask for, be it the form of a request, or a SECRET_TTL above its limit: see its log"
 	case codes.DeadlineExceeded:
 		e.class = context.DeadlineExceeded
 	}

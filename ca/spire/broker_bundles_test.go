@@ -255,3 +255,40 @@ func TestBundleStore(t *testing.T) {
 		}
 	}
 }
+
+// TestFault_113_BrokerAnswerTooLate: an answer does not count that comes when the
+// reference means somebody else, be it of SVIDs or of bundles.
+func TestFault_113_BrokerAnswerTooLate(t *testing.T) {
+	inBrokerBubble(t, "", func(t *testing.T, w *world) {
+		pass(time.Second) // the proxy has its own SVID
+		b := w.provider.(*broker)
+		conn, err := b.endpoint.get(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ref, err := b.reference(web)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var guard error
+		ref.guard = func() error { return guard }
+		svids, err := b.openSVIDs(t.Context(), conn, web, ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bundles, err := b.openBundles(t.Context(), conn, ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		guard = errEnded
+		if a, err := svids(); !errors.Is(err, errEnded) {
+			t.Errorf("SVIDs: got %v, %v, want that it has ended", a, err)
+		}
+		if got, err := bundles(); !errors.Is(err, errEnded) {
+			t.Errorf("bundles: got %v, %v, want that it has ended", got, err)
+		}
+		if _, err := b.openBundles(t.Context(), conn, ref); !errors.Is(err, errEnded) {
+			t.Errorf("a further request: %v", err)
+		}
+	})
+}
