@@ -325,9 +325,12 @@ func (p *poll) leave(e *entry) {
 
 // WatchBundles reports the anchors of the latest answer, for whichever
 // identity: one CA signs them all. Before the first answer it reports those
-// that the fetcher knows.
+// that the fetcher knows, and no others if they are fixed.
 func (p *poll) WatchBundles(ctx context.Context, _ WorkloadRef, update func(*Bundles)) error {
 	if w, ok := p.fetcher.(RootWatcher); ok {
+		if f, ok := p.fetcher.(FixedRoots); ok && f.FixedRoots() {
+			return w.WatchRoots(ctx, update)
+		}
 		if err := p.watchRoots(ctx, w, update); err != nil {
 			return err
 		}

@@ -86,9 +86,17 @@ func (cfg *PollConfig) setDefaults() {
 
 // RootWatcher is an optional interface of a [Fetcher] that knows anchors
 // before its first answer. WatchRoots reports them, and every change, from one
-// goroutine, until ctx ends, which it does with the first answer at the latest.
+// goroutine, until ctx ends, which it does with the first answer at the latest,
+// but for [FixedRoots].
 type RootWatcher interface {
 	WatchRoots(ctx context.Context, update func(*Bundles)) error
+}
+
+// FixedRoots is an optional interface of a [RootWatcher]. FixedRoots reports
+// whether its anchors count whatever the answers say: then WatchRoots goes on after
+// the first answer, as long as somebody watches the bundles.
+type FixedRoots interface {
+	FixedRoots() bool
 }
 
 // Disconnecter is an optional interface of a [Fetcher] that keeps something open

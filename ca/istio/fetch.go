@@ -160,6 +160,10 @@ func (f *fetcher) svid(ctx context.Context, id spiffeid.ID, key crypto.Signer, e
 	return svid, nil
 }
 
+// FixedRoots implements ca.FixedRoots: whoever sets Roots relies on the file, also
+// while nobody asks the CA, as after a live move to another provider.
+func (f *fetcher) FixedRoots() bool { return f.override != nil }
+
 // WatchRoots reports the anchors that are configured: those that count whatever
 // the CA says, or until it says something.
 func (f *fetcher) WatchRoots(ctx context.Context, update func(*ca.Bundles)) error {
