@@ -58,6 +58,7 @@ func TestTLSIdentities(t *testing.T) {
 		{"federated client", foreign + "/ns/a/sa/c", mesh + "/ns/a/sa/s", []string{mesh + "/ns/a/sa/s"}, aliased, "", ""},
 		{"federated server", mesh + "/ns/a/sa/c", foreign + "/ns/a/sa/s", []string{foreign + "/ns/a/sa/s"}, aliased, "", ""},
 		{"federated is no alias", foreign + "/ns/a/sa/c", foreign + "/ns/a/sa/s", []string{mesh + "/ns/a/sa/s"}, aliased, "expected SAN", "-"},
+		{"aliases of others", foreign + "/ns/a/sa/c", alias + "/ns/a/sa/s", []string{mesh + "/ns/a/sa/s"}, aliased, "expected SAN", "-"},
 		{"both in one foreign domain", foreign + "/ns/a/sa/c", foreign + "/ns/a/sa/s", []string{foreign + "/ns/a/sa/s"}, aliased, "", ""},
 	}
 	for _, tt := range tests {

@@ -248,6 +248,22 @@ func TestAliasOfIntermediate(t *testing.T) {
 	}
 }
 
+// TestAliasKeepsItsOwnBundle: an alias for which there is a bundle, be it empty, does
+// not get that of the mesh (design D2).
+func TestAliasKeepsItsOwnBundle(t *testing.T) {
+	mesh, old := catest.NewCA(t, "td.test"), catest.NewCA(t, "old.test")
+	empty, none := catest.TrustDomain("empty.test"), catest.TrustDomain("none.test")
+	b := ca.NewBundles(map[spiffeid.TrustDomain][]ca.Anchor{
+		mesh.TrustDomain: {mesh.Anchor(ca.Strict)}, old.TrustDomain: {old.Anchor(ca.Strict)}, empty: nil,
+	}).WithAliases(mesh.TrustDomain, old.TrustDomain, empty, none)
+	for td, want := range map[spiffeid.TrustDomain][]*catest.CA{mesh.TrustDomain: {mesh}, old.TrustDomain: {old}, empty: nil, none: {mesh}} {
+		as := b.Anchors(td)
+		if len(as) != len(want) || len(want) > 0 && !as[0].Cert.Equal(want[0].Cert) {
+			t.Errorf("%s: %d anchors, want %d of its own", td, len(as), len(want))
+		}
+	}
+}
+
 func TestEmptyBundleRefusesAll(t *testing.T) { // R31
 	w := catest.NewWorld(t)
 	chain, _ := w.Own.Leaf(t, catest.GoodID)

@@ -115,6 +115,24 @@ func (r *registry) wantCounts(t *testing.T, revoked, untracked float64) {
 	}
 }
 
+// A tunnel takes no new streams once we are somebody else, also when issuer and
+// bundles stay the same.
+func TestOtherIdentityRetiresTunnels(t *testing.T) {
+	r := newRegistry(t)
+	peer, _ := r.root.Leaf(t, clientID)
+	f := r.tunnel(t, peer)
+	for _, c := range []struct {
+		id      string
+		drained bool
+	}{{serverID, false}, {"spiffe://cluster.local/ns/default/sa/other", true}} {
+		svid := r.root.SVID(t, catest.ID(c.id))
+		r.proxy.judgeTunnels(t.Context(), trust{svid: svid, epoch: svid.Epoch()})
+		if f.drained != c.drained || f.cause != nil {
+			t.Errorf("as %s: drained %v, ended by %v, want %v and no end", c.id, f.drained, f.cause, c.drained)
+		}
+	}
+}
+
 // CR-06: nothing is said before the reload; after it the chain is revoked as of
 // its handshake, though by the wall clock it has expired.
 func TestID_CR06_RevokedAsOfTheHandshake(t *testing.T) {
