@@ -279,3 +279,29 @@ func TestFault_109_RandomOrders(t *testing.T) {
 		t.Logf("an SVID was used after %d of %d steps", used, trials*25)
 	})
 }
+
+// TestStoppedTooLate: a grace period that is over while its end is being called off
+// is called off.
+func TestStoppedTooLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newTrial(t, 0, nil)
+		j := r.judge
+		over := false
+		j.hear(t.Context(), func() {
+			j.startGrace(t.Context())
+			pass(6 * time.Second) // its timer waits for its turn
+			j.stopGrace()
+			j.startGrace(t.Context())
+		})
+		j.hear(t.Context(), func() { over = j.graceOver })
+		if over {
+			t.Error("the period that was stopped has ended the one that followed")
+		}
+		pass(5 * time.Second)
+		j.hear(t.Context(), func() { over = j.graceOver })
+		if !over {
+			t.Error("the period that followed does not end")
+		}
+		j.end()
+	})
+}
