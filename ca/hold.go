@@ -59,12 +59,25 @@ func (h *hold) watch(ctx context.Context) {
 func (h *hold) update(ctx context.Context, ev Event) {
 	if ev.State == Available {
 		if err := ev.SVID.check(h.ref.ID, anyID(h.key.provider), h.m.cfg.Validation, time.Now()); err != nil {
+			h.adopt(ctx, ev.SVID)
 			ev = Event{State: Unavailable, Err: err, Next: ev.Next}
 			h.m.log.WarnContext(ctx, "certificate rejected", "provider", h.key.key.Provider, "identity", h.ref.ID, "error", err)
 		}
 	}
 	if h.apply(ctx, ev) {
 		h.hurry()
+	}
+}
+
+// adopt takes the bundles of a rejected SVID, if it is the one that is published
+// with other bundles: that they no longer vouch for ourselves is no reason to go
+// on trusting those whom the provider trusts no more.
+func (h *hold) adopt(ctx context.Context, rejected *SVID) {
+	h.m.mu.Lock()
+	defer h.m.mu.Unlock()
+	if ctx.Err() == nil && h.own != nil && h.own.sameLeaf(rejected) && rejected.Bundles != nil {
+		h.own = h.own.withBundles(rejected.Bundles)
+		h.publishSVID()
 	}
 }
 
@@ -80,7 +93,7 @@ func (h *hold) apply(ctx context.Context, ev Event) (hurry bool) {
 	kept := h.own != nil && !h.own.expired(time.Now())
 	switch ev.State {
 	case Available:
-		if h.own != nil && h.own.Cert != ev.SVID.Cert {
+		if h.own != nil && !h.own.sameLeaf(ev.SVID) {
 			h.m.cfg.Metrics.renewed(h.key.key.Provider)
 		}
 		h.own = ev.SVID

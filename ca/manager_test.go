@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca"
@@ -196,6 +197,58 @@ func TestManagerRejects(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestRootTakenBackBeforeLeaf: bundles that no longer vouch for our own
+// certificate count for peers all the same, and are no renewal.
+func TestRootTakenBackBeforeLeaf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := catest.NewProvider("fake")
+		r := prometheus.NewRegistry()
+		m := catest.RunManager(t, catest.Fixed{p}, ca.ManagerConfig{Metrics: ca.NewMetrics(r)})
+		old := catest.NewCA(t, "td.test")
+		next := old.Renewed(t)
+		ref := ca.WorkloadRef{ID: web}
+		chain, key := old.Leaf(t, web.String())
+		deliver := func(b *ca.Bundles) {
+			svid, err := ca.NewSVID("fake", chain, key, b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.Set(p.Key(ref), available(svid))
+		}
+		l := m.Acquire(ref)
+		defer l.Release()
+		deliver(old.Bundles(ca.Strict))
+		first, err := now(t, l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		deliver(next.Bundles(ca.Strict))
+		svid, err := now(t, l)
+		if err != nil {
+			t.Fatalf("%v: the certificate is valid until %v", err, first.NotAfter)
+		}
+		peer, _ := old.Leaf(t, other.String())
+		if _, err := ca.VerifySVID(peer, svid.Bundles, ca.VerifyOptions{Usage: ca.Client}); err == nil {
+			t.Error("a peer of the root that was taken back is accepted")
+		}
+		if svid.Epoch() == first.Epoch() {
+			t.Error("the epoch is the same")
+		}
+		if s := m.Snapshot()[0]; s.Err == nil || s.State != ca.Available {
+			t.Errorf("state %v with error %v, want that it says what is wrong", s.State, s.Err)
+		}
+		if n := samples(t, r)["istio_ca_renewals_total{fake}"]; n != 0 {
+			t.Errorf("%v renewals, want none", n)
+		}
+
+		// Another certificate that is bad changes nothing.
+		p.Set(p.Key(ref), available(old.SVIDWith(t, other, old.Bundles(ca.Strict))))
+		if again, _ := now(t, l); again != svid {
+			t.Error("the bundles of a certificate of another identity were taken over")
+		}
+	})
 }
 
 // choosing is a provider that decides by itself who we are.

@@ -167,6 +167,12 @@ func (s *SVID) Chain() ([]*x509.Certificate, error) {
 	return chain, nil
 }
 
+// sameLeaf reports whether both present one and the same certificate.
+func (s *SVID) sameLeaf(o *SVID) bool {
+	return o != nil && s.Cert != nil && o.Cert != nil && len(s.Cert.Certificate) > 0 && len(o.Cert.Certificate) > 0 &&
+		bytes.Equal(s.Cert.Certificate[0], o.Cert.Certificate[0])
+}
+
 // withBundles is a copy of s that judges peers by b.
 func (s *SVID) withBundles(b *Bundles) *SVID {
 	if s.Bundles == b {
