@@ -34,6 +34,7 @@ type judge struct {
 	early     *time.Timer // until the certificate becomes valid; nil when none is waited for
 	grace     *time.Timer // nil when there is no period of grace
 	graceOver bool
+	since     time.Time // when the agent began to grant nothing; zero while it grants
 	had       bool // an SVID was reported, and not taken back
 	withdrawn bool // one was, and is taken back
 
@@ -151,8 +152,17 @@ func (j *judge) identity() spiffeid.ID {
 	return j.s.want
 }
 
+// maxGraces bounds the grace that begins again with each stream: an agent whose
+// streams break all the time must not keep an identity alive that it does not
+// grant.
+const maxGraces = 12
+
 func (j *judge) startGrace(ctx context.Context) {
-	j.start(ctx, &j.grace, j.s.cfg.WithdrawGrace, func() { j.graceOver = true })
+	if j.since.IsZero() {
+		j.since = time.Now()
+	}
+	grace := j.s.cfg.WithdrawGrace
+	j.start(ctx, &j.grace, min(grace, time.Until(j.since.Add(maxGraces*grace))), func() { j.graceOver = true })
 }
 
 func (j *judge) stopGrace() {
@@ -184,13 +194,14 @@ func (j *judge) stop(t **time.Timer) {
 
 // withdraw takes the identity back.
 func (j *judge) withdraw(why error) {
-	j.had, j.withdrawn = false, true
+	j.had, j.withdrawn, j.since = false, true, time.Time{}
 	j.say(ca.Event{State: ca.Withdrawn, Err: why, Next: j.next})
 }
 
 // granted handles a state with our identity.
 func (j *judge) granted(ctx context.Context) {
 	j.stopGrace()
+	j.since = time.Time{}
 	bundles := j.latest.bundles
 	if j.s.board != nil {
 		var err error

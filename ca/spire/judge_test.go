@@ -31,10 +31,13 @@ type states struct {
 
 	used      *candidate // the SVID that is not taken back
 	end       time.Time  // of the grace period; zero when there is none
+	absent    time.Time  // since when there was nothing; zero while there is
 	withdrawn bool
 }
 
-func (s *states) takeBack() { s.used, s.end, s.withdrawn = nil, time.Time{}, true }
+func (s *states) takeBack() {
+	s.used, s.end, s.absent, s.withdrawn = nil, time.Time{}, time.Time{}, true
+}
 
 // settle applies the rules at now.
 func (s *states) settle(now time.Time) {
@@ -43,11 +46,17 @@ func (s *states) settle(now time.Time) {
 	case s.used != nil && s.bundle == "empty":
 		s.takeBack() // R31: everything of the trust domain is invalid, whatever else
 	case absent && s.used != nil && s.end.IsZero():
+		if s.absent.IsZero() {
+			s.absent = now
+		}
 		s.end = now.Add(s.grace)
+		if last := s.absent.Add(12 * s.grace); s.end.After(last) {
+			s.end = last // new streams do not put it off for ever
+		}
 	case absent && s.used != nil && !now.Before(s.end):
 		s.takeBack()
 	case s.content == "ours" && !s.gone:
-		s.end = time.Time{}
+		s.end, s.absent = time.Time{}, time.Time{}
 		if s.bundle == "good" && now.Before(s.granted.chain[0].NotAfter) {
 			s.used, s.withdrawn = s.granted, false
 		}

@@ -87,6 +87,21 @@ func TestFault_109_Sets(t *testing.T) {
 			t.Errorf("withdrawn %v after the new streams", got)
 		}
 	}, webEntry)
+	inBubble(t, "streams that break all the time do not put off its end for ever", func(t *testing.T, w *world) {
+		e := watch(t, w.provider, web)
+		pass(time.Minute)
+		w.agent.SetEntries()
+		for range 13 {
+			pass(4 * time.Second)
+			w.agent.Cut(nil)
+		}
+		e.want(t, ca.Available) // after 52 s
+		for range 3 {
+			pass(4 * time.Second)
+			w.agent.Cut(nil)
+		}
+		e.want(t, ca.Withdrawn, none) // after 64 s, of which 60 are grace
+	}, webEntry)
 	inBubble(t, "another identity instead", func(t *testing.T, w *world) {
 		e := watch(t, w.provider, web)
 		pass(time.Minute)
