@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -33,11 +32,11 @@ type parts struct {
 }
 
 // splitChain takes the leaf and the intermediates of an answer, one certificate
-// of each element, and as anchors the last element with whatever it holds.
-// Self-signed certificates right before it are anchors, too: there are releases
-// of istiod that spread a root bundle over several elements. With ownAnchors the
-// answer's do not count: then a last element that is not self-signed is one more
-// intermediate.
+// of each element, and as anchors the last element with whatever it holds, and
+// nothing else: a root that the CA dropped from its bundle may still stand in its
+// own chain. Self-signed certificates of the chain are not presented. With
+// ownAnchors the answer's do not count: then a last element that is not
+// self-signed is one more intermediate.
 func splitChain(id spiffeid.ID, elements []string, ownAnchors bool) (parts, error) {
 	if len(elements) == 0 {
 		return parts{}, fmt.Errorf("chain returned from CA is empty for: %s", id)
@@ -62,7 +61,7 @@ func splitChain(id spiffeid.ID, elements []string, ownAnchors bool) (parts, erro
 		first--
 	}
 	p.presented = p.presented[:first]
-	p.anchors = strings.Join(elements[first:], "\n")
+	p.anchors = elements[len(elements)-1]
 	return p, nil
 }
 

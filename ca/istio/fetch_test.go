@@ -207,8 +207,8 @@ func TestID_TL01_Answer(t *testing.T) {
 	})
 }
 
-// TestAnchorsOfAnswer: several in the last element, several elements, and damaged
-// ones.
+// TestAnchorsOfAnswer: those of the last element, whatever stands before it, but
+// for damaged ones.
 func TestAnchorsOfAnswer(t *testing.T) {
 	next, third := catest.NewCA(t, "cluster.local"), catest.NewCA(t, "cluster.local")
 	damaged := "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
@@ -223,8 +223,8 @@ func TestAnchorsOfAnswer(t *testing.T) {
 		{name: "several in the last element", want: 3, chain: func(leaf, root string) []string {
 			return []string{leaf, istiod.PEM(next.Cert) + "\n# a comment\n" + root + istiod.PEM(third.Cert)}
 		}},
-		{name: "one root in each element", want: 3, chain: func(leaf, root string) []string {
-			return []string{leaf, root, istiod.PEM(next.Cert), istiod.PEM(third.Cert)}
+		{name: "roots in the chain are not in the bundle", want: 1, chain: func(leaf, root string) []string {
+			return []string{leaf, istiod.PEM(next.Cert), istiod.PEM(third.Cert), root}
 		}},
 		{name: "damaged ones are skipped", want: 1, warns: 2, chain: func(leaf, root string) []string {
 			return []string{leaf, damaged + root + torn}
