@@ -35,8 +35,8 @@ type judge struct {
 	grace     *time.Timer // nil when there is no period of grace
 	graceOver bool
 	since     time.Time // when the agent began to grant nothing; zero while it grants
-	had       bool // an SVID was reported, and not taken back
-	withdrawn bool // one was, and is taken back
+	had       bool      // an SVID was reported, and not taken back
+	withdrawn bool      // one was, and is taken back
 
 	said ca.Event // the latest event; Unavailable keeps the SVID of the one before
 }
