@@ -203,6 +203,11 @@ func TestRefusedRequestsLeaveNoContext(t *testing.T) {
 		}
 		sc.wait("HEADERS")
 	}
+	// The answer comes before its request is done with; that to a PING after it.
+	if err := sc.fr.WritePing(false, [8]byte{}); err != nil {
+		t.Fatal(err)
+	}
+	sc.wait("PING")
 	sc.srv.mu.Lock()
 	for c := range sc.srv.conns {
 		if n := reflect.ValueOf(c.ctx).Elem().FieldByName("children").Len(); n > 10 {
