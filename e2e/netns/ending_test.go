@@ -150,12 +150,16 @@ func (p *pair) checkBulk() {
 // N-17: an established connection survives the shutdown of either proxy, new
 // ones fail, and the proxy ends when the connection does.
 func TestDP_N17_Shutdown(t *testing.T) {
-	t.Run("source", func(t *testing.T) { p := newPair(t, world.BothCaptured); p.checkShutdown(p.Source) })
-	t.Run("destination", func(t *testing.T) { p := newPair(t, world.BothCaptured); p.checkShutdown(p.Dest) })
+	t.Run("source", func(t *testing.T) { p := newPair(t, world.BothCaptured); p.checkShutdown(p.Source, shutdownLimit) })
+	t.Run("destination", func(t *testing.T) { p := newPair(t, world.BothCaptured); p.checkShutdown(p.Dest, shutdownLimit) })
 }
 
-// checkShutdown is the body of N-17 for one of the two proxies.
-func (p *pair) checkShutdown(s *world.Proxy) {
+// shutdownLimit is how soon our proxy ends after its last connection.
+const shutdownLimit = 5 * time.Second
+
+// checkShutdown is the body of N-17 for one of the two proxies, which ends within
+// limit of its last connection.
+func (p *pair) checkShutdown(s *world.Proxy, limit time.Duration) {
 	t := p.T
 	t.Helper()
 	c := p.Dial(world.ChatPort)
@@ -181,7 +185,7 @@ func (p *pair) checkShutdown(s *world.Proxy) {
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if code := s.Wait(5 * time.Second); code != 0 {
+	if code := s.Wait(limit); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
 }
