@@ -235,7 +235,7 @@ func (p *Proxy) acceptLoop(ctx context.Context, ln netns.Listener, name string, 
 			return
 		case err != nil:
 			p.log.ErrorContext(ctx, "accept failed", "listener", name, "error", err.Error())
-			if !sleep(ctx, retry.Next(time.Now())) {
+			if !backoff.Sleep(ctx, retry.Next(time.Now())) {
 				return
 			}
 			continue
@@ -264,18 +264,6 @@ func (p *Proxy) panicked(ctx context.Context, where string, value any) {
 	p.cfg.Metrics.panics.Inc()
 	p.log.ErrorContext(ctx, "connection handler panicked", "listener", where,
 		"panic", fmt.Sprint(value), "stack", string(debug.Stack()))
-}
-
-// sleep waits, and is false when ctx ended first.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }
 
 // localWorkload is the workload for which we stand in; the store may need a

@@ -86,7 +86,7 @@ func (s *stream[T]) follow(ctx context.Context) {
 		delay := s.pause(retry, err, delivered && time.Since(start) >= settled)
 		s.complain(ctx, err)
 		s.broken(err, time.Now().Add(delay))
-		if !sleep(ctx, delay) {
+		if !backoff.Sleep(ctx, delay) {
 			return
 		}
 	}
@@ -214,16 +214,4 @@ func (s *stream[T]) renewal(ctx context.Context, cancel context.CancelCauseFunc)
 // jitter is d ± 20 %.
 func jitter(d time.Duration) time.Duration {
 	return time.Duration(float64(d) * (0.8 + 0.4*rand.Float64()))
-}
-
-// sleep waits, and is false when ctx ended first.
-func sleep(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }

@@ -1,8 +1,10 @@
 package backoff
 
 import (
+	"context"
 	"math"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -92,4 +94,18 @@ func TestCustomPolicy(t *testing.T) {
 	if got := zero.Next(epoch); got < 800*time.Millisecond || got > 1200*time.Millisecond {
 		t.Errorf("zero sequence: first delay %v, want about 1s", got)
 	}
+}
+
+func TestSleep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		if !Sleep(t.Context(), time.Minute) || time.Since(start) != time.Minute {
+			t.Errorf("slept for %v, want 1m", time.Since(start))
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if Sleep(ctx, time.Minute) || time.Since(start) != time.Minute+time.Second {
+			t.Errorf("slept for %v, want that the context ends it", time.Since(start))
+		}
+	})
 }
