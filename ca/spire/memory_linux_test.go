@@ -20,11 +20,33 @@ import (
 // names.
 const agentEnv = "ZTUNNEL_TEST_SPIRE_AGENT"
 
-// agentElsewhere serves an agent in a process of its own, and returns its socket.
+// manyPods is how many pods the agent of another process has.
+const manyPods = 50 + 3*500
+
+// podNumber is one of them.
+func podNumber(i int) ca.WorkloadRef {
+	w := web
+	w.UID, w.Pod = fmt.Sprintf("b65a1b5f-3c0e-4d0c-9a47-%012d", i), fmt.Sprintf("web-%d", i)
+	return w
+}
+
+// agentElsewhere serves an agent in a process of its own, and returns the directory
+// of its sockets.
 func agentElsewhere(t *testing.T) string {
 	t.Helper()
-	if path := os.Getenv(agentEnv); path != "" {
-		spireagent.New(t, spireagent.Config{AdminSocket: path}).AddEntry(webEntry)
+	if dir := os.Getenv(agentEnv); dir != "" {
+		agent := spireagent.New(t, spireagent.Config{
+			AdminSocket: filepath.Join(dir, "admin.sock"), WorkloadSocket: filepath.Join(dir, "api.sock"), BrokerSocket: filepath.Join(dir, "broker.sock"),
+		})
+		agent.SetEntries(proxyEntry, webEntry)
+		agent.SetProxy("k8s:sa:ztunnel")
+		agent.SetBrokers(spireagent.Broker{ID: proxyText})
+		pods := make([]spireagent.Pod, manyPods)
+		for i := range pods {
+			w := podNumber(i)
+			pods[i] = spireagent.Pod{Namespace: w.Namespace, Name: w.Pod, UID: w.UID, Selectors: webPod.Selectors}
+		}
+		agent.SetPods(pods...)
 		fmt.Println("serving")
 		_, _ = io.Copy(io.Discard, os.Stdin) // ends with the test that wants it
 		t.SkipNow()
@@ -33,9 +55,9 @@ func agentElsewhere(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(t.TempDir(), "admin.sock")
+	dir := t.TempDir()
 	cmd := exec.CommandContext(t.Context(), self, "-test.run=^"+t.Name()+"$", "-test.timeout=5m")
-	cmd.Env = append(os.Environ(), agentEnv+"="+path)
+	cmd.Env = append(os.Environ(), agentEnv+"="+dir)
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -55,7 +77,7 @@ func agentElsewhere(t *testing.T) string {
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "serving\n" {
 		t.Fatalf("the agent's process said %q, %v", line, err)
 	}
-	return path
+	return dir
 }
 
 // inUse is what heap and stacks take, in bytes.
@@ -77,18 +99,33 @@ func TestMemoryPerStream(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector has memory of its own")
 	}
-	p, err := NewDelegated(DelegatedConfig{Common: Common{Socket: agentElsewhere(t)}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := agentElsewhere(t)
+	t.Run("delegated", func(t *testing.T) {
+		p, err := NewDelegated(DelegatedConfig{Common: Common{Socket: filepath.Join(dir, "admin.sock")}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		measureStreams(t, p)
+	})
+	t.Run("broker", func(t *testing.T) {
+		p, err := NewBroker(BrokerConfig{Common: Common{Socket: filepath.Join(dir, "broker.sock")}, WorkloadAPI: filepath.Join(dir, "api.sock")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		measureStreams(t, p)
+	})
+}
+
+// measureStreams leases the certificates of manyPods, and judges what they take.
+func measureStreams(t *testing.T, p ca.Provider) {
+	t.Helper()
 	manager := catest.RunManager(t, catest.Fixed{p}, ca.ManagerConfig{})
-	const warm, rounds, n = 50, 3, 500
-	leases := make([]*ca.Lease, 0, warm+rounds*n)
+	const warm, rounds = 50, 3
+	const n = (manyPods - warm) / rounds
+	leases := make([]*ca.Lease, 0, manyPods)
 	more := func(n int) {
 		for range n {
-			w := web
-			w.UID = fmt.Sprintf("b65a1b5f-3c0e-4d0c-9a47-%012d", len(leases))
-			leases = append(leases, manager.Acquire(w))
+			leases = append(leases, manager.Acquire(podNumber(len(leases))))
 		}
 		for _, l := range leases {
 			if _, err := l.SVID(t.Context()); err != nil {
