@@ -27,6 +27,28 @@ func (m *mockCA) gaps() (gaps []float64) {
 	return gaps
 }
 
+// TestID_TL08_WallClock is TL-08: the times in certificates, which are those of the
+// wall clock, become times to wait without a loss, however often.
+func TestID_TL08_WallClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		mock := newMockCA(t)
+		mock.latency = 0
+		m := manage(t, mock, ca.PollConfig{RenewSpread: -1})
+		l := m.Acquire(sa("x"))
+		defer l.Release()
+		sleep(time.Hour)
+		gaps := mock.gaps()
+		if len(gaps) != 72 {
+			t.Errorf("%d renewals in an hour, want 72", len(gaps))
+		}
+		for i, gap := range gaps {
+			if gap != 50 {
+				t.Errorf("renewal %d came after %v s, want 50: half of the life", i, gap)
+			}
+		}
+	})
+}
+
 // TestDenialIsRetriedSlower: also after an outage, which has a counter of its
 // own.
 func TestDenialIsRetriedSlower(t *testing.T) {

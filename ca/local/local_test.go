@@ -57,7 +57,7 @@ func (g *gate) set(f func()) {
 	f()
 }
 
-func TestConformance(t *testing.T) {
+func TestProviderConformance(t *testing.T) {
 	catest.TestProvider(t, catest.Harness{
 		Impersonates: true,
 		Denies:       true,
