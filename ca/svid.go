@@ -220,10 +220,12 @@ func (s *SVID) serial() string {
 	return s.Cert.Leaf.SerialNumber.String()
 }
 
-// rejected is an error of check. It has the text of its reason, and is an
-// [ErrRejected].
+// Rejected makes an [ErrRejected] of err, with the text of err alone.
+func Rejected(err error) error { return rejected{err} }
+
 type rejected struct{ error }
 
+// Unwrap gives the reason and the class.
 func (r rejected) Unwrap() []error { return []error{r.error, ErrRejected} }
 
 // check judges an SVID that a provider delivered for want, before it is
@@ -231,7 +233,7 @@ func (r rejected) Unwrap() []error { return []error{r.error, ErrRejected} }
 // asked for. Wrong parts are named by the texts of the identity spec §1.11.
 func (s *SVID) check(want spiffeid.ID, anyID bool, validation Validation, now time.Time) error {
 	if err := s.judge(want, anyID, validation, now); err != nil {
-		return rejected{err}
+		return Rejected(err)
 	}
 	return nil
 }

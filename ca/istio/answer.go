@@ -13,11 +13,6 @@ import (
 	"github.com/ztunnel-go/ztunnel/ca"
 )
 
-// rejected is an answer that does not do. It has the text of its reason.
-type rejected struct{ error }
-
-func (r rejected) Unwrap() []error { return []error{r.error, ca.ErrRejected} }
-
 // answered remembers the anchors of the latest answer: thousands of SVIDs share
 // one Bundles.
 type answered struct {

@@ -145,17 +145,17 @@ func (f *fetcher) svid(ctx context.Context, id spiffeid.ID, key crypto.Signer, e
 	}
 	parts, err := splitChain(id, elements, override != nil)
 	if err != nil {
-		return nil, rejected{err}
+		return nil, ca.Rejected(err)
 	}
 	bundles := override
 	if bundles == nil {
 		if bundles, err = f.bundles(ctx, parts.anchors); err != nil {
-			return nil, rejected{err}
+			return nil, ca.Rejected(err)
 		}
 	}
 	svid, err := ca.NewSVID(f.cfg.Name, parts.presented, key, bundles)
 	if err != nil {
-		return nil, rejected{fmt.Errorf("did not find expected SAN: %s: %w", id, err)}
+		return nil, ca.Rejected(fmt.Errorf("did not find expected SAN: %s: %w", id, err))
 	}
 	return svid, nil
 }
