@@ -42,6 +42,13 @@ func (s *Store) Route(q Query) (Route, error) {
 	return s.route(&q, nil)
 }
 
+// Resolved completes a route whose Resolve is set with an address of that host.
+func (r Route) Resolved(ip netip.Addr) Route {
+	r.Resolve = ""
+	r.NextHop = netip.AddrPortFrom(ip, r.NextHop.Port())
+	return r
+}
+
 // upstream is the outcome of the endpoint lookup.
 type upstream struct {
 	workload *workload

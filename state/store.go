@@ -51,6 +51,9 @@ type Config struct {
 	HBONEPort               uint16
 	AuthzForeignTrustDomain ForeignTrustDomain
 	AuthzMissingPolicy      MissingPolicy
+	// OnDemand says that the control plane sends workloads and services when they
+	// are asked for: what is unknown is a *Miss then.
+	OnDemand bool
 }
 
 // Store holds workloads, services and policies. All methods are safe for
@@ -92,6 +95,10 @@ func New(cfg Config) *Store {
 type Update struct {
 	Workloads []WorkloadUpdate
 	Services  []*Service
+	// Stale are names, as in Removed, of what the control plane may have given up
+	// (decision D15). A stale workload stays usable, but loses an address to any
+	// other that has it. It is as before when an update brings it again.
+	Stale []string
 	// Removed are the names of workloads (a UID) and services (namespace/hostname).
 	Removed  []string
 	Policies []*Policy

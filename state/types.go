@@ -3,6 +3,7 @@ package state
 import (
 	"errors"
 	"net/netip"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -97,6 +98,9 @@ type Query struct {
 	SourceIP netip.Addr // of the application's socket
 	Dst      netip.AddrPort
 	Avoid    []string // UIDs of endpoints that have just failed (design D8)
+	// Asked are the keys of earlier Misses that were demanded for this question:
+	// if one of them is still unknown, it does not exist.
+	Asked []string
 	// Draw returns a uniform number in [0, n); nil means math/rand/v2.
 	Draw func(n uint64) uint64
 }
@@ -105,13 +109,24 @@ type Query struct {
 type Route struct {
 	Rule        string // the row of §4.4: A1, A2, C, D, E, F, G
 	Protocol    Protocol
-	NextHop     netip.AddrPort // the actual destination
-	Authority   string         // of the CONNECT request, "" for TCP
-	Workload    *Workload      // at the next hop, nil if unknown
+	NextHop     netip.AddrPort // the actual destination; only the port is set while Resolve is
+	Authority   string         // of the CONNECT request (for double HBONE of both), "" for TCP
+	Workload    *Workload      // to which the connection goes, nil if unknown; for double HBONE the one behind the gateway
+	Gateway     *Workload      // at the next hop of double HBONE, else nil
 	Service     *ServiceRef    // intended by the client, nil if none
 	ExpectedIDs []spiffeid.ID  // identities, one of which the next hop must present
 	FinalIDs    []spiffeid.ID  // the same for the inner tunnel of double HBONE
-	Resolve     string         // hostname that the caller must resolve before asking again
+	// Resolve is the hostname of a workload without address: the caller resolves it
+	// and goes on with Resolved.
+	Resolve string
+}
+
+// Hop is the workload at the next hop, nil if unknown.
+func (r *Route) Hop() *Workload {
+	if r.Gateway != nil {
+		return r.Gateway
+	}
+	return r.Workload
 }
 
 // InboundQuery asks what an HBONE request that reached the local workload means
@@ -122,13 +137,19 @@ type InboundQuery struct {
 	Addr          netip.AddrPort // the authority, when it is an address
 	Host          string         // the authority's host and Port, when it is a name
 	Port          uint16
-	ForwardedHost string // host of the forwarded header, "" if absent
+	ForwardedHost string   // host of the forwarded header, "" if absent
+	Asked         []string // as in Query
 }
 
 // InboundRoute is the answer.
 type InboundRoute struct {
-	Upstream netip.AddrPort // the application's address
+	Upstream netip.AddrPort // the application's address, with the port of an application tunnel
 	Service  *ServiceRef    // the guessed destination service, nil if none
+	// Proxy says that the application wants a PROXY header before the data (an
+	// application tunnel, spec/datapath.md §6.6), which names Target, the address
+	// that the client asked for. Target is the zero value if there is none.
+	Proxy  bool
+	Target netip.AddrPort
 }
 
 // Conn is what a policy sees of a connection (spec/datapath.md §6.4).
@@ -158,6 +179,17 @@ type PolicyEvent struct {
 type Denied struct {
 	Policy string // namespace/name of the DENY policy; "" when no ALLOW policy matched
 }
+
+// Miss is the error of a decision that needs resources which the Store does not
+// know and which the control plane sends on demand only (Config.OnDemand). The
+// caller demands the keys and asks again, with them in Asked.
+type Miss struct {
+	// Keys are names of resources: network/IP, namespace/hostname or a UID.
+	Keys []string
+}
+
+// Error lists the keys.
+func (m *Miss) Error() string { return "not known yet: " + strings.Join(m.Keys, ", ") }
 
 // The errors on which callers branch. Each is wrapped with its subject.
 var (
