@@ -100,11 +100,10 @@ type applicable struct {
 // applicable collects the policies of w. The names that nobody has sent go to v.
 // named has room for the policies that w names.
 func (s *Store) applicable(w *Workload, named []*policy, v *Verdict) applicable {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	t := s.tables
+	t := s.read()
+	defer s.release(t)
 	for i, key := range w.AuthorizationPolicies {
-		p := t.policies[key]
+		p := t.policy(key)
 		switch {
 		case p == nil:
 			v.Missing = append(v.Missing, key)
@@ -115,7 +114,7 @@ func (s *Store) applicable(w *Workload, named []*policy, v *Verdict) applicable 
 			named = append(named, p)
 		}
 	}
-	return applicable{namespace: t.sets[w.Namespace], global: t.sets[""], named: named}
+	return applicable{namespace: t.policySet(w.Namespace), global: t.policySet(""), named: named}
 }
 
 // scan looks for policies of one kind that match and records them in v: all of

@@ -162,8 +162,7 @@ type accountDump struct {
 // Dump renders everything in the store: workloads by UID, services by hostname,
 // policies by key.
 func (s *Store) Dump() Dump {
-	s.mu.RLock()
-	t := s.tables
+	t := s.read()
 	workloads := slices.Collect(maps.Values(t.workloads))
 	policies := slices.Collect(maps.Values(t.policies))
 	services := make([]*service, 0, len(t.services))
@@ -178,7 +177,7 @@ func (s *Store) Dump() Dump {
 		}
 		staged[key.String()] = m
 	}
-	s.mu.RUnlock()
+	s.release(t)
 
 	slices.SortFunc(workloads, func(a, b *workload) int { return strings.Compare(a.UID, b.UID) })
 	slices.SortFunc(policies, func(a, b *policy) int { return strings.Compare(a.key, b.key) })

@@ -19,11 +19,11 @@ func (s *Store) Inbound(q InboundQuery) (InboundRoute, error) {
 	}
 	q.Addr = netip.AddrPortFrom(q.Addr.Addr().Unmap(), q.Addr.Port())
 	q.ConnDst = netip.AddrPortFrom(q.ConnDst.Addr().Unmap(), q.ConnDst.Port())
-	s.mu.RLock()
-	defer s.mu.RUnlock()
+	t := s.read()
+	defer s.release(t)
 	byName := q.Host != ""
 	if !byName {
-		if err := s.checkAddress(&q); err != nil {
+		if err := s.checkAddress(t, &q); err != nil {
 			return InboundRoute{}, err
 		}
 	}
@@ -31,19 +31,19 @@ func (s *Store) Inbound(q InboundQuery) (InboundRoute, error) {
 		return InboundRoute{}, fmt.Errorf("%w: application tunnel of %s", ErrUnsupportedRoute, q.Local)
 	}
 	if byName {
-		return s.inboundByName(&q)
+		return inboundByName(t, &q)
 	}
 	r := InboundRoute{Upstream: netip.AddrPortFrom(q.ConnDst.Addr(), q.Addr.Port())}
-	r.Service = s.guessService(q.Local, q.Addr.Port(), q.ForwardedHost)
+	r.Service = t.guessService(q.Local, q.Addr.Port(), q.ForwardedHost)
 	return r, nil
 }
 
 // checkAddress accepts an authority that is the address of the tunnel itself.
-func (s *Store) checkAddress(q *InboundQuery) error {
+func (s *Store) checkAddress(t *tables, q *InboundQuery) error {
 	if q.Addr.Addr() == q.ConnDst.Addr() || q.Local.ApplicationTunnel != nil {
 		return nil
 	}
-	w, svc := s.tables.at(s.cfg.Network, q.Addr.Addr(), q.Local.Namespace)
+	w, svc := t.at(s.cfg.Network, q.Addr.Addr(), q.Local.Namespace)
 	if w != nil && w.Waypoint != nil || svc != nil && svc.hasWaypoint() {
 		return fmt.Errorf("%w: %s != %s: %w: sandwiched waypoint", ErrIPMismatch, q.ConnDst.Addr(), q.Addr.Addr(), ErrUnsupportedRoute)
 	}
@@ -52,8 +52,8 @@ func (s *Store) checkAddress(q *InboundQuery) error {
 
 // inboundByName finds the port of a service; the local workload need not be one
 // of its endpoints.
-func (s *Store) inboundByName(q *InboundQuery) (InboundRoute, error) {
-	svc := s.tables.serviceByHost(q.Host, q.Local.Namespace)
+func inboundByName(t *tables, q *InboundQuery) (InboundRoute, error) {
+	svc := t.serviceByHost(q.Host, q.Local.Namespace)
 	if svc == nil {
 		return InboundRoute{}, fmt.Errorf("no service or workload for hostname: %s", q.Host)
 	}
@@ -75,15 +75,15 @@ func (s *Store) inboundByName(q *InboundQuery) (InboundRoute, error) {
 // none), else the first that leads to the port, else nil. It is for telemetry
 // only (spec/datapath.md §6.3, §7).
 func (s *Store) GuessService(local *Workload, port uint16, forwardedHost string) *ServiceRef {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.guessService(local, port, forwardedHost)
+	t := s.read()
+	defer s.release(t)
+	return t.guessService(local, port, forwardedHost)
 }
 
-func (s *Store) guessService(local *Workload, port uint16, forwardedHost string) *ServiceRef {
+func (t *tables) guessService(local *Workload, port uint16, forwardedHost string) *ServiceRef {
 	var guess *service
 	for _, key := range local.Services {
-		svc := s.tables.services[key]
+		svc := t.service(key)
 		if svc == nil {
 			continue
 		}

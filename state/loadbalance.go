@@ -58,7 +58,7 @@ func (p *picker) pick(svc *service) (*workload, uint16) {
 // candidate returns the workload of ep if it can take the connection, and how
 // well it fits the preferences of the service.
 func (p *picker) candidate(svc *service, ep *Endpoint) (*workload, int) {
-	w := p.t.workloads[ep.WorkloadUID]
+	w := p.t.endpointWorkload(ep)
 	if w == nil || slices.Contains(p.avoid, w.UID) {
 		return nil, 0
 	}

@@ -2,6 +2,48 @@ package state
 
 import "net/netip"
 
+// Decisions read the tables through the methods of this file only; what is behind
+// them is no business of theirs.
+
+// read takes the tables for a reader, who gives them back with release and keeps
+// nothing of them but objects. A reader must not call read again before that.
+func (s *Store) read() *tables {
+	s.mu.RLock()
+	return s.tables
+}
+
+func (s *Store) release(*tables) { s.mu.RUnlock() }
+
+// service returns the service of a key, whoever may see it.
+func (t *tables) service(key NamespacedHostname) *service { return t.services[key] }
+
+func (t *tables) workloadByUID(uid string) *workload { return t.workloads[uid] }
+
+// workloadByHost returns the workload of a namespace that has that hostname; of
+// several the one with the least UID.
+func (t *tables) workloadByHost(ns, host string) *workload {
+	var found *workload
+	for _, w := range t.workloads {
+		if w.Hostname == host && w.Namespace == ns && (found == nil || w.UID < found.UID) {
+			found = w
+		}
+	}
+	return found
+}
+
+// endpointWorkload returns the workload of an endpoint, nil if it is not known.
+func (t *tables) endpointWorkload(ep *Endpoint) *workload { return t.workloads[ep.WorkloadUID] }
+
+// policy returns the policy of a key, namespace/name.
+func (t *tables) policy(key string) *policy { return t.policies[key] }
+
+// policySet returns the policies of a namespace, "" for the global ones; nil if
+// there are none.
+func (t *tables) policySet(ns string) *policySet { return t.sets[ns] }
+
+// localWorkload returns the workload on our node that ref names.
+func (t *tables) localWorkload(ref Ref) *workload { return best(t.local[ref]) }
+
 // workloadAt returns the workload of an address. Of several the one with the
 // highest rank wins, and the last that was inserted among equals.
 func (t *tables) workloadAt(network string, ip netip.Addr) *workload {

@@ -20,10 +20,10 @@ type Explanation struct {
 
 // Explain takes the decision of Route and tells its steps.
 func (s *Store) Explain(q Query) Explanation {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
+	t := s.read()
+	defer s.release(t)
 	var e Explanation
-	e.Route, e.Err = s.route(&q, &e)
+	e.Route, e.Err = s.route(t, &q, &e)
 	return e
 }
 
@@ -37,9 +37,9 @@ func (e *Explanation) step(subject, format string, args ...any) {
 //
 // Errors: ErrNoHealthyUpstream, ErrNoValidDestination, ErrUnsupportedRoute.
 func (s *Store) Route(q Query) (Route, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.route(&q, nil)
+	t := s.read()
+	defer s.release(t)
+	return s.route(t, &q, nil)
 }
 
 // Resolved completes a route whose Resolve is set with an address of that host.
@@ -56,7 +56,7 @@ type upstream struct {
 	port     uint16
 }
 
-func (s *Store) route(q *Query, e *Explanation) (Route, error) {
+func (s *Store) route(t *tables, q *Query, e *Explanation) (Route, error) {
 	if q.Source == nil {
 		return Route{}, errNoSource
 	}
@@ -64,13 +64,12 @@ func (s *Store) route(q *Query, e *Explanation) (Route, error) {
 		return Route{}, errors.New("no destination address")
 	}
 	q.Dst = netip.AddrPortFrom(q.Dst.Addr().Unmap(), q.Dst.Port())
-	t := s.tables
 	addressed, target := t.at(s.cfg.Network, q.Dst.Addr(), q.Source.Namespace)
 	e.address(q, addressed, target)
 	if target != nil && target.hasWaypoint() {
 		return Route{}, needsWaypoint(target)
 	}
-	up, err := s.upstream(q, e)
+	up, err := upstreamOf(t, q, e)
 	if err != nil {
 		return Route{}, err
 	}
@@ -97,11 +96,10 @@ func (s *Store) route(q *Query, e *Explanation) (Route, error) {
 	return s.direct(up, netip.AddrPortFrom(ip, up.port), e), nil
 }
 
-// upstream looks for the endpoint: by the VIP of a service, else by the address
+// upstreamOf looks for the endpoint: by the VIP of a service, else by the address
 // of a workload. No workload means that there is none; the service is then the
 // one that was addressed, if any.
-func (s *Store) upstream(q *Query, e *Explanation) (upstream, error) {
-	t := s.tables
+func upstreamOf(t *tables, q *Query, e *Explanation) (upstream, error) {
 	network, ip := q.Source.Network, q.Dst.Addr()
 	if svc := t.serviceAt(network, ip, q.Source.Namespace); svc != nil {
 		if svc.passthrough() {

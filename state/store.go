@@ -321,23 +321,23 @@ func (s *Store) PoliciesChanged() <-chan struct{} {
 
 // Local returns the workload on our node for which a proxy stands in.
 func (s *Store) Local(ref Ref) (*Workload, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return exported(best(s.tables.local[ref]))
+	t := s.read()
+	defer s.release(t)
+	return exported(t.localWorkload(ref))
 }
 
 // Workload returns the workload that has an address, pods first.
 func (s *Store) Workload(network string, addr netip.Addr) (*Workload, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return exported(s.tables.workloadAt(network, addr.Unmap()))
+	t := s.read()
+	defer s.release(t)
+	return exported(t.workloadAt(network, addr.Unmap()))
 }
 
 // WorkloadByUID returns the workload of a UID.
 func (s *Store) WorkloadByUID(uid string) (*Workload, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return exported(s.tables.workloads[uid])
+	t := s.read()
+	defer s.release(t)
+	return exported(t.workloadByUID(uid))
 }
 
 func exported(w *workload) (*Workload, bool) {
