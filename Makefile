@@ -29,6 +29,9 @@ FUZZTIME ?= 60s
 SPIRE_VERSION = $(shell sed -n 's|.*github.com/spiffe/spire v\([^ ]*\).*|\1|p' e2e/spire/tools/go.mod)
 SPIRE_BIN     = $(CURDIR)/bin/spire-$(SPIRE_VERSION)
 
+PROTOS   = $(wildcard xds/*/*.proto)
+PROTOGEN = $(GO) -C internal/tools run ./protogen -root $(CURDIR)
+
 .DEFAULT_GOAL := help
 .PHONY: build test test-crypto race lint generate check-generate fuzz e2e e2e-interop spire e2e-spire bench demo image help
 
@@ -54,12 +57,15 @@ lint: check-generate ## formatting, vet, static analysis, tidy modules, generate
 	! $(GO) vet -vettool="$$($(TOOL) -n bodyclose)" ./... 2>&1 | grep '\.go:' | grep -v '_test\.go:'
 	$(GO) mod tidy -diff
 
-generate: ## docs/configuration.md from the table of settings
+generate: ## docs/configuration.md from the table of settings, Go code from the .proto files
 	$(GO) run ./cmd/ztunnel config -o markdown > docs/configuration.md.tmp
 	mv docs/configuration.md.tmp docs/configuration.md
+	$(PROTOGEN) -out $(CURDIR) $(PROTOS)
 
 check-generate: ## fail when a generated file is stale
 	$(GO) run ./cmd/ztunnel config -o markdown | diff -u docs/configuration.md - || { echo "run: make generate"; exit 1; }
+	@d=$$(mktemp -d) && trap 'rm -r "$$d"' EXIT && $(PROTOGEN) -out "$$d" $(PROTOS) && for p in $(sort $(dir $(PROTOS))); do \
+	  diff -ru -x '*.proto' $$p "$$d/$$p" || { echo "run: make generate"; exit 1; }; done
 
 fuzz: ## every fuzz target, FUZZTIME (60s) each
 	@set -e; for f in $$(git grep -l '^func Fuzz' -- '*_test.go'); do for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
