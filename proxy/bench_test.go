@@ -31,7 +31,7 @@ func BenchmarkTelemetry(b *testing.B) {
 	}
 	local := workload("client")
 	route := state.Route{
-		Protocol: state.HBONE, NextHop: netip.MustParseAddrPort("10.0.0.2:15008"), Authority: "10.0.0.2:80", Workload: workload("server"),
+		Protocol: state.HBONE, NextHop: netip.MustParseAddrPort("10.0.0.2:15008"), Authority: state.Authority{Addr: netip.MustParseAddrPort("10.0.0.2:80")}, Workload: workload("server"),
 		Service: &state.ServiceRef{Hostname: "server.default.svc.cluster.local", Name: "server", Namespace: "default"},
 	}
 	src := netip.MustParseAddrPort("10.0.0.1:40000")

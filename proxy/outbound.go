@@ -217,7 +217,7 @@ func (p *Proxy) openStream(ctx context.Context, src netip.AddrPort, local *state
 	if route.Service != nil {
 		host = route.Service.Hostname
 	}
-	stream, err := p.pool.Open(ctx, key, route.Authority,
+	stream, err := p.pool.Open(ctx, key, route.Authority.String(),
 		hbone.Field{Name: fieldBaggage, Value: p.factsOf(local).baggage},
 		hbone.Field{Name: fieldForwarded, Value: forwardedHeader(src, host)},
 		hbone.Field{Name: fieldTraceparent, Value: newTraceID().traceparent()})
@@ -295,7 +295,7 @@ func (p *Proxy) factsOf(local *state.Workload) *localFacts {
 // outboundConnection is the telemetry of an outbound connection.
 func outboundConnection(src netip.AddrPort, local *state.Workload, route state.Route) *connection {
 	c := &connection{
-		reporter: reporterSource, src: src, dst: route.NextHop, hboneAuthority: route.Authority,
+		reporter: reporterSource, src: src, dst: route.NextHop, hboneAuthority: route.Authority.String(),
 		source: local, destination: route.Workload, service: route.Service,
 		mutualTLS: route.Protocol != state.TCP,
 	}

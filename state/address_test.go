@@ -173,7 +173,7 @@ func TestMappedQueries(t *testing.T) {
 			w, _ := s.WorkloadByUID("a")
 			for _, host := range []string{"5", "80"} {
 				r, err := s.Route(Query{Source: w, Dst: at(host, 80)})
-				if err != nil || r.Rule != "F" || r.NextHop != addrPort("10.0.0.5:15008") || !strings.HasPrefix(r.Authority, "10.0.0.5:") {
+				if err != nil || r.Rule != "F" || r.NextHop != addrPort("10.0.0.5:15008") || !strings.HasPrefix(r.Authority.String(), "10.0.0.5:") {
 					t.Errorf("%s: Route to .%s: %+v, %v", name, host, r, err)
 				}
 			}

@@ -125,6 +125,26 @@ func bestService(list []*service, ns string) *service {
 	return first
 }
 
+// eachWorkloadAt calls yield for all workloads that claim an address, eachServiceAt
+// for all services that do, by exact VIP (prefix is the zero value) and by CIDR,
+// visible or not. They are for explanations, which tell also what was not chosen.
+func (t *tables) eachWorkloadAt(network string, ip netip.Addr, yield func(*workload)) {
+	for _, w := range t.addresses[NetworkAddress{network, ip}] {
+		yield(w)
+	}
+}
+
+func (t *tables) eachServiceAt(network string, ip netip.Addr, yield func(svc *service, prefix netip.Prefix)) {
+	for _, svc := range t.vips[NetworkAddress{network, ip}] {
+		yield(svc, netip.Prefix{})
+	}
+	for _, e := range t.cidrs[network] {
+		if e.prefix.Contains(ip) {
+			yield(e.svc, e.prefix)
+		}
+	}
+}
+
 // at returns what stands behind an address: a workload, or else a service.
 func (t *tables) at(network string, ip netip.Addr, ns string) (*workload, *service) {
 	if w := t.workloadAt(network, ip); w != nil {

@@ -153,7 +153,7 @@ func (s *Store) direct(up upstream, dst netip.AddrPort, e *Explanation) Route {
 	e.rule("F", "HBONE to the endpoint")
 	r.Rule, r.Protocol = "F", HBONE
 	r.NextHop = netip.AddrPortFrom(dst.Addr(), s.cfg.HBONEPort)
-	r.Authority = dst.String()
+	r.Authority = Authority{Addr: dst}
 	r.ExpectedIDs = up.workload.ids
 	if up.service != nil && len(up.service.sans) > 0 {
 		ids := make([]spiffeid.ID, 0, len(up.service.sans)+len(up.workload.ids))

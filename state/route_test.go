@@ -192,7 +192,7 @@ func TestDP_OB_Route(t *testing.T) {
 			if r.Workload != nil {
 				uid = r.Workload.UID
 			}
-			if r.Rule != tt.rule || r.Protocol != tt.protocol || r.Authority != tt.authority || r.NextHop.String() != tt.nextHop || uid != tt.uid {
+			if r.Rule != tt.rule || r.Protocol != tt.protocol || r.Authority.String() != tt.authority || r.NextHop.String() != tt.nextHop || uid != tt.uid {
 				t.Errorf("got rule %s, %s, %q, %s, workload %q\nwant rule %s, %s, %q, %s, workload %q",
 					r.Rule, r.Protocol, r.Authority, r.NextHop, uid, tt.rule, tt.protocol, tt.authority, tt.nextHop, tt.uid)
 			}

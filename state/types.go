@@ -2,7 +2,9 @@ package state
 
 import (
 	"errors"
+	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -110,7 +112,7 @@ type Route struct {
 	Rule        string // the row of §4.4: A1, A2, C, D, E, F, G
 	Protocol    Protocol
 	NextHop     netip.AddrPort // the actual destination; only the port is set while Resolve is
-	Authority   string         // of the CONNECT request (for double HBONE of both), "" for TCP
+	Authority   Authority      // of the CONNECT request (for double HBONE of both), zero for TCP
 	Workload    *Workload      // to which the connection goes, nil if unknown; for double HBONE the one behind the gateway
 	Gateway     *Workload      // at the next hop of double HBONE, else nil
 	Service     *ServiceRef    // intended by the client, nil if none
@@ -119,6 +121,25 @@ type Route struct {
 	// Resolve is the hostname of a workload without address: the caller resolves it
 	// and goes on with Resolved.
 	Resolve string
+}
+
+// Authority is what a CONNECT request asks for: Addr, or Host and Port if Host is
+// set. The zero value is none. It is comparable, and making one costs nothing.
+type Authority struct {
+	Addr netip.AddrPort
+	Host string
+	Port uint16
+}
+
+// String returns host:port, in brackets if the host is an IPv6 address; "" for none.
+func (a Authority) String() string {
+	switch {
+	case a.Host != "":
+		return net.JoinHostPort(a.Host, strconv.Itoa(int(a.Port)))
+	case a.Addr.IsValid():
+		return a.Addr.String()
+	}
+	return ""
 }
 
 // Hop is the workload at the next hop, nil if unknown.

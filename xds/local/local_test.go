@@ -68,7 +68,7 @@ func TestST_WL08_ShippedExample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Rule != "F" || r.Authority != "127.0.0.1:8080" || r.NextHop.String() != "127.0.0.1:15008" {
+	if r.Rule != "F" || r.Authority.String() != "127.0.0.1:8080" || r.NextHop.String() != "127.0.0.1:15008" {
 		t.Errorf("route %+v", r)
 	}
 	var ids []string
