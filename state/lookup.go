@@ -34,7 +34,7 @@ func (t *tables) workloadByHost(ns, host string) *workload {
 // endpointWorkload returns the workload of an endpoint, nil if it is not known.
 func (t *tables) endpointWorkload(ep *Endpoint) *workload { return t.workloads[ep.WorkloadUID] }
 
-// policy returns the policy of a key, namespace/name.
+// policy returns the policy of a key.
 func (t *tables) policy(key string) *policy { return t.policies[key] }
 
 // policySet returns the policies of a namespace, "" for the global ones; nil if

@@ -47,6 +47,10 @@ func (a Action) String() string {
 // its rules does. It is immutable once it is in a Store.
 type Policy struct {
 	Name, Namespace string
+	// ResourceName is the name by which the control plane removes the policy and
+	// workloads refer to it; "" means namespace/name, which it is by convention
+	// (spec/state-xds-dns.md §1.3).
+	ResourceName string
 	Scope           PolicyScope
 	Action          Action
 	Rules           []Rule
@@ -97,7 +101,15 @@ type ServiceAccountMatch struct{ Namespace, ServiceAccount string }
 
 // Key returns the name of the policy among the policies of a Store, by which
 // workloads refer to it.
-func (p *Policy) Key() string { return p.Namespace + "/" + p.Name }
+func (p *Policy) Key() string {
+	if p.ResourceName != "" {
+		return p.ResourceName
+	}
+	return p.fullName()
+}
+
+// fullName is how logs and errors name the policy.
+func (p *Policy) fullName() string { return p.Namespace + "/" + p.Name }
 
 // policy is a Policy with what is derived from it once, so that a verdict which
 // one policy decides costs no allocation.
@@ -120,7 +132,7 @@ func newPolicy(in *Policy) (*policy, error) {
 	if err != nil {
 		return nil, err
 	}
-	key := in.Key()
+	name := in.fullName()
 	message := "allow policy match"
 	if in.Action == Deny {
 		message = "deny policy match"
@@ -130,9 +142,9 @@ func newPolicy(in *Policy) (*policy, error) {
 	}
 	p := &policy{
 		Policy: *in,
-		key:    key,
-		denied: &Denied{Policy: key},
-		events: []PolicyEvent{{Message: message, Policy: key}},
+		key:    in.Key(),
+		denied: &Denied{Policy: name},
+		events: []PolicyEvent{{Message: message, Policy: name}},
 	}
 	p.Rules = rules
 	return p, nil
@@ -144,7 +156,8 @@ func newTombstone(in *Policy) (*policy, error) {
 	if in == nil {
 		return nil, errors.New("no policy")
 	}
-	t := Policy{Name: in.Name, Namespace: in.Namespace, Scope: in.Scope, Action: in.Action, DryRun: in.DryRun}
+	t := *in
+	t.Rules = nil
 	if t.Action != Allow && !t.DryRun {
 		t.Action = Deny
 		t.Rules = []Rule{{}}

@@ -107,7 +107,7 @@ type Update struct {
 	// PolicySelector. A tombstone has no effect while a good policy of its key is
 	// known (decision D7).
 	Tombstones      []*Policy
-	RemovedPolicies []string // keys, namespace/name
+	RemovedPolicies []string // keys
 }
 
 // ResourceKind tells resources apart whose names are alike.
@@ -209,7 +209,7 @@ func (s *Store) prepare(u *Update) *prepared {
 	for _, in := range tombstones {
 		pol, err := newTombstone(in)
 		if err != nil && in != nil {
-			pol, err = newTombstone(&Policy{Name: in.Name, Namespace: in.Namespace, Scope: PolicySelector})
+			pol, err = newTombstone(&Policy{Name: in.Name, Namespace: in.Namespace, ResourceName: in.ResourceName, Scope: PolicySelector})
 		}
 		if err == nil {
 			p.policies = append(p.policies, pol)

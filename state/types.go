@@ -82,7 +82,7 @@ type Workload struct {
 	Services                                          []NamespacedHostname
 	Waypoint, NetworkGateway                          *GatewayAddress
 	ApplicationTunnel                                 *ApplicationTunnel
-	AuthorizationPolicies                             []string // keys, namespace/name
+	AuthorizationPolicies                             []string // keys
 	// Identity is derived from TrustDomain, Namespace and ServiceAccount when the
 	// workload is applied. A workload whose parts make no SPIFFE ID is rejected.
 	Identity spiffeid.ID
