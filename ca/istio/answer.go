@@ -11,6 +11,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/internal/istiod"
 )
 
 // answered remembers the anchors of the latest answer: thousands of SVIDs share
@@ -37,7 +38,7 @@ func splitChain(id spiffeid.ID, elements []string, ownAnchors bool) (parts, erro
 		return parts{}, fmt.Errorf("chain returned from CA is empty for: %s", id)
 	}
 	if len(elements) == 1 && !ownAnchors {
-		return parts{}, fmt.Errorf("failed to create CSR: invalid root certificate: %w", errNoRoot)
+		return parts{}, fmt.Errorf("failed to create CSR: invalid root certificate: %w", istiod.ErrNoRoot)
 	}
 	var p parts
 	last := len(elements) - 1
@@ -59,6 +60,8 @@ func splitChain(id spiffeid.ID, elements []string, ownAnchors bool) (parts, erro
 	p.anchors = elements[len(elements)-1]
 	return p, nil
 }
+
+const pemCertificate = "CERTIFICATE"
 
 func firstCertificate(text string) (*x509.Certificate, error) {
 	block, _ := pem.Decode([]byte(text))
@@ -84,9 +87,9 @@ func (f *fetcher) bundles(ctx context.Context, text string) (*ca.Bundles, error)
 	if known.text == text {
 		return known.bundles, nil
 	}
-	certs, skipped, err := parseAnchors(text)
+	certs, skipped, err := istiod.ParseCertificates(text)
 	if err == nil && len(certs) == 0 {
-		err = errors.Join(append([]error{errNoRoot}, skipped...)...)
+		err = errors.Join(append([]error{istiod.ErrNoRoot}, skipped...)...)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("failed to create CSR: invalid root certificate: %w", err)

@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"fmt"
 	"log/slog"
-	"net"
 	"slices"
 	"sync"
 	"time"
@@ -16,6 +15,7 @@ import (
 
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/internal/filewatch"
+	"github.com/ztunnel-go/ztunnel/internal/istiod"
 )
 
 // The keys of the request's metadata. Of the cluster, istiod goes by the header
@@ -31,12 +31,12 @@ const (
 type fetcher struct {
 	cfg      Config
 	log      *slog.Logger
-	endpoint endpoint
-	creds    *credentials
+	endpoint istiod.Endpoint
+	creds    *istiod.Credentials
 	trust    trust
 	server   *roots // by which the CA is judged; anchors until the first answer
 	override *roots // the anchors, whatever the CA says; nil when there is none
-	dial     func(ctx context.Context, network, address string) (net.Conn, error)
+	dial     istiod.Dial
 
 	mu      sync.Mutex // guards what follows
 	current *channel   // nil before the first request and after Disconnect
@@ -61,22 +61,27 @@ func newFetcher(cfg Config) (*fetcher, error) {
 		dial:  cfg.Dial,
 	}
 	if f.dial == nil {
-		f.dial = newDialer()
+		f.dial = istiod.NewDialer()
 	}
 	var err error
-	if f.endpoint, err = parseAddress(cfg.Address); err != nil {
+	if f.endpoint, err = istiod.ParseAddress(cfg.Address); err != nil {
 		return nil, err
 	}
-	if f.creds, err = newCredentials(&cfg); err != nil {
+	creds := istiod.CredentialsConfig{TokenFile: cfg.TokenFile, Token: cfg.Token, ClusterID: cfg.ClusterID}
+	for _, h := range cfg.Headers {
+		creds.Headers = append(creds.Headers, istiod.Header(h))
+	}
+	if f.creds, err = istiod.NewCredentials(creds); err != nil {
 		return nil, err
 	}
+	f.server = &roots{trust: f.trust}
 	if cfg.RootFile != "" {
-		f.server = fileRoots(cfg.RootFile, f.trust, f.log)
-	} else if f.server, err = textRoots(cfg.RootPEM, f.trust, f.log); err != nil {
+		f.server.source = istiod.FileRoots(cfg.RootFile, f.log)
+	} else if f.server.source, err = istiod.TextRoots(cfg.RootPEM, f.log); err != nil {
 		return nil, fmt.Errorf("field RootPEM: %w", err)
 	}
 	if cfg.Roots != "" {
-		f.override = fileRoots(cfg.Roots, f.trust, f.log)
+		f.override = &roots{trust: f.trust, source: istiod.FileRoots(cfg.Roots, f.log)}
 	}
 	return f, nil
 }
@@ -86,9 +91,9 @@ func (f *fetcher) Fetch(ctx context.Context, id spiffeid.ID) (*ca.SVID, error) {
 	if err := f.checkDomain(id); err != nil {
 		return nil, err
 	}
-	cctx, err := f.creds.attach(ctx)
+	cctx, err := f.creds.Attach(ctx)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", ca.ErrConfig, err)
 	}
 	ch, err := f.channel(ctx)
 	if err != nil {

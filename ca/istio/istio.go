@@ -11,14 +11,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
-	"net/url"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/internal/istiod"
 )
 
 // Header is one gRPC metadata entry that goes with each request.
@@ -127,89 +125,9 @@ func (c *Config) validate() error {
 		return fmt.Errorf("field TTL is %v, at least 1s is allowed", c.TTL)
 	case c.RootFile != "" && c.RootPEM != "":
 		return errors.New("fields RootFile and RootPEM are both set, only one is allowed")
-	case c.TokenFile != "" && c.Token != "":
-		return errors.New("fields TokenFile and Token are both set, only one is allowed")
 	}
-	if err := checkHeaderValue(c.ClusterID); err != nil {
-		return fmt.Errorf("field ClusterID: %w", err)
-	}
-	return c.validateAltHostname()
-}
-
-func (c *Config) validateAltHostname() error {
-	if c.AltHostname == "" {
-		return nil
-	}
-	if _, err := netip.ParseAddr(c.AltHostname); err == nil {
-		return nil
-	}
-	if !dnsName(c.AltHostname) {
-		return fmt.Errorf("field AltHostname: invalid alt hostname: %q, want a DNS name or an IP address", c.AltHostname)
+	if err := istiod.CheckHostname(c.AltHostname); err != nil {
+		return fmt.Errorf("field AltHostname: %w", err)
 	}
 	return nil
-}
-
-// dnsName reports whether s is a host name, RFC 1123 §2.1; underscores are
-// tolerated, as resolvers do.
-func dnsName(s string) bool {
-	s = strings.TrimSuffix(s, ".")
-	if s == "" || len(s) > 253 {
-		return false
-	}
-	for label := range strings.SplitSeq(s, ".") {
-		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
-			return false
-		}
-		for _, c := range []byte(label) {
-			if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_') {
-				return false
-			}
-		}
-	}
-	return true
-}
-
-// endpoint is where the CA listens.
-type endpoint struct {
-	network string // tcp or unix
-	address string // host:port, or the path of a socket
-	host    string // whose name the server certificate has; "" for a socket
-}
-
-const wantAddress = "want https://host:port or unix:///path"
-
-func parseAddress(s string) (endpoint, error) {
-	if s == "" {
-		return endpoint{}, errors.New("field Address is empty, " + wantAddress)
-	}
-	u, err := url.Parse(s)
-	switch {
-	case err != nil && strings.Contains(s, "@"): // with a password, which the error repeats
-		return endpoint{}, errors.New("field Address is no URL, and has a user in it, " + wantAddress)
-	case err != nil:
-		return endpoint{}, fmt.Errorf("field Address %q: %w, "+wantAddress, s, err)
-	}
-	s = u.Redacted()
-	switch {
-	case u.Scheme == "http":
-		return endpoint{}, fmt.Errorf("field Address %q: http is refused, since token and certificates would cross the network in the clear; "+wantAddress, s)
-	case u.Scheme != "https" && u.Scheme != "unix":
-		return endpoint{}, fmt.Errorf("field Address %q: unknown scheme %q, "+wantAddress, s, u.Scheme)
-	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Opaque != "":
-		return endpoint{}, fmt.Errorf("field Address %q: there is more than an address, "+wantAddress, s)
-	}
-	if u.Scheme == "unix" {
-		if u.Host != "" || !strings.HasPrefix(u.Path, "/") || strings.HasSuffix(u.Path, "/") {
-			return endpoint{}, fmt.Errorf("field Address %q: no absolute path of a socket, "+wantAddress, s)
-		}
-		return endpoint{network: "unix", address: u.Path}, nil
-	}
-	if u.Hostname() == "" || u.Path != "" && u.Path != "/" {
-		return endpoint{}, fmt.Errorf("field Address %q: no host, or a path behind it, "+wantAddress, s)
-	}
-	port := u.Port()
-	if port == "" {
-		port = "443"
-	}
-	return endpoint{network: "tcp", address: net.JoinHostPort(u.Hostname(), port), host: u.Hostname()}, nil
 }

@@ -76,7 +76,7 @@ func (f *fetcher) signingError(err error) error {
 // trust in us.
 func (f *fetcher) denialHint() string {
 	switch {
-	case !f.creds.sends():
+	case !f.creds.Sends():
 		return "no token was sent: mount a service account token for the CA's audience, and set AUTH_TOKEN to its path"
 	case f.cfg.Impersonate:
 		return "the CA must trust this proxy's service account to act for others (CA_TRUSTED_NODE_ACCOUNTS of istiod, --ca-trusted-node-accounts of istio-csr), " +

@@ -1,4 +1,4 @@
-package istio
+package istiod
 
 import (
 	"crypto/tls"
@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// TestTLSVersions: the switches of the process hold for the CA, too.
+// TestTLSVersions: the switches of the process hold for the control plane, too.
 func TestTLSVersions(t *testing.T) {
 	for _, tt := range []struct {
 		tls12, pqc bool
@@ -18,11 +18,11 @@ func TestTLSVersions(t *testing.T) {
 		{false, true, tls.VersionTLS13, []tls.CurveID{tls.X25519MLKEM768}},
 		{true, true, tls.VersionTLS13, []tls.CurveID{tls.X25519MLKEM768}},
 	} {
-		f, err := newFetcher(Config{Address: "https://ca.example:15012", TLS12: tt.tls12, PQC: tt.pqc})
+		endpoint, err := ParseAddress("https://ca.example:15012")
 		if err != nil {
 			t.Fatal(err)
 		}
-		conf := f.tlsConfig(nil)
+		conf := Channel{Endpoint: endpoint, TLS12: tt.tls12, PQC: tt.pqc}.TLS()
 		if conf.MinVersion != tt.version || !slices.Equal(conf.CurvePreferences, tt.curves) || conf.ServerName != "ca.example" || conf.InsecureSkipVerify {
 			t.Errorf("%+v: version %#x, curves %v, name %q", tt, conf.MinVersion, conf.CurvePreferences, conf.ServerName)
 		}

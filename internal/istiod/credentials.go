@@ -1,4 +1,4 @@
-package istio
+package istiod
 
 import (
 	"context"
@@ -9,23 +9,43 @@ import (
 	"strings"
 
 	"google.golang.org/grpc/metadata"
-
-	"github.com/ztunnel-go/ztunnel/ca"
 )
 
 // maxToken bounds a bearer token, in bytes. What is larger is not a token.
 const maxToken = 64 << 10
 
-// credentials are the metadata of requests.
-type credentials struct {
+// Header is one gRPC metadata entry.
+type Header struct{ Name, Value string }
+
+// CredentialsConfig says what goes with each request.
+type CredentialsConfig struct {
+	// Headers are further metadata.
+	Headers []Header
+	// TokenFile (a path, read for each request) or Token holds the bearer token.
+	// Neither means that no authorization is sent.
+	TokenFile, Token string
+	// ClusterID goes with the token.
+	ClusterID string
+}
+
+// Credentials are the metadata of requests. All methods are safe for concurrent
+// use.
+type Credentials struct {
 	headers   metadata.MD
 	clusterID string
 	file      string // of the token, "" when it is static or there is none
 	token     string
 }
 
-func newCredentials(cfg *Config) (*credentials, error) {
-	c := &credentials{headers: metadata.MD{}, clusterID: cfg.ClusterID, file: cfg.TokenFile}
+// NewCredentials checks cfg. An error names the field.
+func NewCredentials(cfg CredentialsConfig) (*Credentials, error) {
+	c := &Credentials{headers: metadata.MD{}, clusterID: cfg.ClusterID, file: cfg.TokenFile}
+	if cfg.TokenFile != "" && cfg.Token != "" {
+		return nil, errors.New("fields TokenFile and Token are both set, only one is allowed")
+	}
+	if err := checkHeaderValue(cfg.ClusterID); err != nil {
+		return nil, fmt.Errorf("field ClusterID: %w", err)
+	}
 	for _, h := range cfg.Headers {
 		name := strings.ToLower(h.Name)
 		if !headerName(name) {
@@ -45,15 +65,15 @@ func newCredentials(cfg *Config) (*credentials, error) {
 	return c, nil
 }
 
-// attach puts the metadata into ctx. A token file is read each time, since the
+// Attach puts the metadata into ctx. A token file is read each time, since the
 // kubelet replaces it long before the token expires.
-func (c *credentials) attach(ctx context.Context) (context.Context, error) {
+func (c *Credentials) Attach(ctx context.Context) (context.Context, error) {
 	md := c.headers.Copy()
 	token := c.token
 	if c.file != "" {
 		var err error
 		if token, err = readToken(c.file); err != nil {
-			return nil, fmt.Errorf("%w: %w", ca.ErrConfig, err)
+			return nil, err
 		}
 	}
 	if token != "" {
@@ -65,8 +85,8 @@ func (c *credentials) attach(ctx context.Context) (context.Context, error) {
 	return metadata.NewOutgoingContext(ctx, md), nil
 }
 
-// sends reports whether requests carry a token.
-func (c *credentials) sends() bool { return c.file != "" || c.token != "" }
+// Sends reports whether requests carry a token.
+func (c *Credentials) Sends() bool { return c.file != "" || c.token != "" }
 
 func readToken(path string) (string, error) {
 	text, err := readFile(path, maxToken)

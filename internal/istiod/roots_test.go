@@ -1,21 +1,19 @@
-package istio
+package istiod
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"log/slog"
+	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/ztunnel-go/ztunnel/ca"
-	"github.com/ztunnel-go/ztunnel/ca/catest"
-	"github.com/ztunnel-go/ztunnel/ca/catest/istiod"
 )
-
-func testTrust() trust {
-	return trust{provider: "istio", domain: catest.TrustDomain("cluster.local")}
-}
 
 func write(t *testing.T, path, text string) {
 	t.Helper()
@@ -32,7 +30,16 @@ func write(t *testing.T, path, text string) {
 
 func rootPEM(t *testing.T) string {
 	t.Helper()
-	return istiod.PEM(catest.NewCA(t, "cluster.local").Cert)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 }
 
 // TestID_CA04_CA06_CA07_FileRoots: what the reference does with a dirty flag. A
@@ -43,13 +50,13 @@ func TestID_CA04_CA06_CA07_FileRoots(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "root-cert.pem")
 	first, second := rootPEM(t), rootPEM(t)
 	write(t, path, first)
-	r := fileRoots(path, testTrust(), slog.New(slog.NewTextHandler(&log, nil)))
+	r := FileRoots(path, slog.New(slog.NewTextHandler(&log, nil)))
 	if r.set != nil {
 		t.Fatal("the file was read by the constructor")
 	}
-	look := func() *rootSet {
+	look := func() *RootSet {
 		t.Helper()
-		set, err := r.look(t.Context(), 0)
+		set, err := r.Look(t.Context(), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -61,7 +68,7 @@ func TestID_CA04_CA06_CA07_FileRoots(t *testing.T) {
 	}
 	write(t, path, second)
 	changed := look()
-	if changed == clean || changed.bundles.Equal(clean.bundles) {
+	if changed == clean || changed.Certs[0].Equal(clean.Certs[0]) {
 		t.Error("the change was not seen")
 	}
 	if look() != changed {
@@ -87,53 +94,53 @@ func TestID_CA04_CA06_CA07_FileRoots(t *testing.T) {
 	if _, err := r.watcher.Check(); err != nil {
 		t.Fatal(err)
 	}
-	if set := look(); !set.bundles.Equal(clean.bundles) {
+	if set := look(); !set.Certs[0].Equal(clean.Certs[0]) {
 		t.Error("the mended file was not read")
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	if set := look(); !set.bundles.Equal(clean.bundles) {
+	if set := look(); !set.Certs[0].Equal(clean.Certs[0]) {
 		t.Error("with the file the last good roots are gone")
 	}
 }
 
 // TestID_CA05_StaticRoots: a text never changes, and has no watcher. Neither do
-// the system's roots, which contribute no anchors.
+// the system's roots, which are not ours to list.
 func TestID_CA05_StaticRoots(t *testing.T) {
-	r, err := textRoots(rootPEM(t), testTrust(), slog.New(slog.DiscardHandler))
+	r, err := TextRoots(rootPEM(t), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	set, err := r.look(t.Context(), 0)
-	if err != nil || set.pool == nil || len(set.bundles.Anchors(testTrust().domain)) != 1 || r.watcher != nil {
-		t.Errorf("%+v, %v, want one anchor and no watcher", set, err)
+	set, err := r.Look(t.Context(), 0)
+	if err != nil || set.Pool == nil || len(set.Certs) != 1 || r.watcher != nil {
+		t.Errorf("%+v, %v, want one root and no watcher", set, err)
 	}
-	if again, err := r.look(t.Context(), 0); again != set || err != nil {
+	if again, err := r.Look(t.Context(), 0); again != set || err != nil {
 		t.Errorf("a text has changed: %v, %v", again, err)
 	}
-	system, err := textRoots("", testTrust(), slog.New(slog.DiscardHandler))
+	system, err := TextRoots("", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if set, err := system.look(t.Context(), 0); err != nil || set.pool != nil || set.bundles != nil {
-		t.Errorf("the system's roots: %+v, %v, want no pool and no bundles", set, err)
+	if set, err := system.Look(t.Context(), 0); err != nil || set.Pool != nil || set.Certs != nil {
+		t.Errorf("the system's roots: %+v, %v, want no pool and no certificates", set, err)
 	}
 }
 
 // TestRootsMaxAge: those who only watch share one look.
 func TestRootsMaxAge(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "root-cert.pem")
-	r := fileRoots(path, testTrust(), slog.New(slog.DiscardHandler))
-	if _, err := r.look(t.Context(), time.Hour); err == nil {
+	r := FileRoots(path, slog.New(slog.DiscardHandler))
+	if _, err := r.Look(t.Context(), time.Hour); err == nil {
 		t.Error("a missing file is no error")
 	}
 	write(t, path, rootPEM(t))
-	if _, err := r.look(t.Context(), time.Hour); err == nil {
+	if _, err := r.Look(t.Context(), time.Hour); err == nil {
 		t.Error("the file was looked at within the age that was allowed")
 	}
-	set, err := r.look(t.Context(), 0)
-	if err != nil || set.bundles.Anchors(testTrust().domain)[0].Mode != ca.Compatible {
+	set, err := r.Look(t.Context(), 0)
+	if err != nil || len(set.Certs) != 1 {
 		t.Errorf("the file that came later: %v", err)
 	}
 }
