@@ -25,7 +25,9 @@ func (c *conn) takeCredit(st *stream, want int) (n int, wait <-chan struct{}) {
 	if c.waiters == nil {
 		c.waiters = make(map[*stream]struct{})
 	}
-	c.waiters[st] = struct{}{}
+	if st.state.Load() != recvClosed|sendClosed { // else it is forgotten, or about to be
+		c.waiters[st] = struct{}{}
+	}
 	return 0, st.credit
 }
 

@@ -83,7 +83,7 @@ func (st *stream) Write(p []byte) (n int, err error) {
 		return 0, err
 	}
 	if isClosed(st.wdl.wait()) {
-		return 0, os.ErrDeadlineExceeded
+		return 0, st.cancelled()
 	}
 	for len(p) > 0 {
 		buf := sendPool.Get().(*sendBuf)
@@ -106,6 +106,7 @@ type deadline struct {
 	mu    sync.Mutex
 	timer *time.Timer
 	ch    chan struct{}
+	over  bool // end was called
 }
 
 // wait returns a channel that is closed when the limit has passed.
@@ -118,24 +119,50 @@ func (d *deadline) wait() <-chan struct{} {
 	return d.ch
 }
 
+// set moves the limit; the zero time removes it.
 func (d *deadline) set(t time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if !d.over {
+		d.move(t)
+	}
+}
+
+// end lets the limit pass at once and for good.
+func (d *deadline) end() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.over {
+		d.over = true
+		d.move(past)
+	}
+}
+
+// move is called with d.mu held.
+func (d *deadline) move(t time.Time) {
 	if d.timer != nil && !d.timer.Stop() {
 		<-d.ch // the timer fired: wait for its function
 	}
 	d.timer = nil
-	passed := d.ch != nil && isClosed(d.ch)
-	if d.ch == nil || passed {
+	waited := d.ch != nil && !isClosed(d.ch)
+	left := time.Until(t)
+	switch {
+	case !t.IsZero() && left <= 0 && waited:
+		close(d.ch)
+	case !t.IsZero() && left <= 0:
+		d.ch = passed
+	case !waited:
 		d.ch = make(chan struct{})
 	}
-	if t.IsZero() {
-		return
-	}
-	ch := d.ch
-	if left := time.Until(t); left > 0 {
+	if left > 0 {
+		ch := d.ch
 		d.timer = time.AfterFunc(left, func() { close(ch) })
-		return
 	}
-	close(ch)
 }
+
+// passed is the channel of every limit that was over before anybody waited.
+var passed = func() chan struct{} {
+	ch := make(chan struct{})
+	close(ch)
+	return ch
+}()

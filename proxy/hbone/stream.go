@@ -154,7 +154,7 @@ func (st *stream) sendAll(buf *sendBuf, n int, cancel <-chan struct{}, pull bool
 			return sent, false, st.sendError()
 		}
 		if pull && isClosed(cancel) {
-			return sent, false, os.ErrDeadlineExceeded
+			return sent, false, st.cancelled()
 		}
 		k, wait := st.c.takeCredit(st, n-sent)
 		if k == 0 {
@@ -164,7 +164,7 @@ func (st *stream) sendAll(buf *sendBuf, n int, cancel <-chan struct{}, pull bool
 			case <-st.gone:
 				continue
 			case <-cancel:
-				return sent, false, os.ErrDeadlineExceeded
+				return sent, false, st.cancelled()
 			}
 		}
 		var turn <-chan struct{}
@@ -180,11 +180,20 @@ func (st *stream) sendAll(buf *sendBuf, n int, cancel <-chan struct{}, pull bool
 			st.c.refundCredit(st, k) // nothing of it was written: the tunnel's window must not leak
 		}
 		if pull && isClosed(cancel) && !isClosed(st.gone) {
-			return sent, abandoned, os.ErrDeadlineExceeded
+			return sent, abandoned, st.cancelled()
 		}
 		return sent, abandoned, st.sendError()
 	}
 	return sent, false, nil
+}
+
+// cancelled is why a send was given up: the limit of time, or the end of our
+// direction, which ends that limit too.
+func (st *stream) cancelled() error {
+	if st.state.Load()&sendClosed == 0 {
+		return os.ErrDeadlineExceeded
+	}
+	return st.sendError()
 }
 
 // sendError is why nothing can be sent.
@@ -205,7 +214,8 @@ func (st *stream) sendError() error {
 	return io.ErrClosedPipe // after CloseWrite
 }
 
-// CloseWrite queues END_STREAM.
+// CloseWrite queues END_STREAM. A Write that waits ends: nothing else would wake
+// it once the stream has ended both ways, for the tunnel forgets it then.
 func (st *stream) CloseWrite() error {
 	c := st.c
 	c.w.mu.Lock()
@@ -219,6 +229,7 @@ func (st *stream) CloseWrite() error {
 	})
 	c.w.mu.Unlock()
 	st.done(sendClosed)
+	st.wdl.end()
 	c.kick()
 	return nil
 }
