@@ -25,28 +25,31 @@ const (
 // Authorize judges an inbound connection by the policies of its destination
 // (spec/datapath.md §11). It denies a connection without destination workload.
 // It does not block.
-func (s *Store) Authorize(c Conn) Verdict {
+func (s *Store) Authorize(c Conn) Verdict { return s.authorize(&c, nil) }
+
+func (s *Store) authorize(c *Conn, e *AuthorizeExplanation) (v Verdict) {
 	if c.Destination == nil {
 		return Verdict{Denied: s.notAllowed}
 	}
-	var v Verdict
 	var buf [8]*policy
 	set := s.applicable(c.Destination, buf[:0], &v)
+	e.applies(&set)
 	if len(v.Missing) > 0 && s.cfg.AuthzMissingPolicy == DenyMissing {
 		v.event(PolicyEvent{Message: eventMissingRefused, Policy: v.Missing[0]})
-		v.Denied = &Denied{Policy: v.Missing[0]}
+		v.Policy = v.Missing[0]
+		v.Denied = &Denied{Policy: v.Policy}
 		return v
 	}
-	sub := s.subject(&c)
-	set.scan(Deny, true, &sub, &v)
-	if p, _ := set.scan(Deny, false, &sub, &v); p != nil {
+	sub := s.subject(c)
+	set.dryRun(Deny, &sub, &v, e)
+	if p, _ := set.decide(Deny, &sub, &v, e); p != nil {
 		v.Denied = p.denied
 		return v
 	}
-	if p, exist := set.scan(Allow, true, &sub, &v); exist && p == nil {
+	if matched, exist := set.dryRun(Allow, &sub, &v, e); exist && !matched {
 		v.event(PolicyEvent{Message: eventNoMatchDryRun})
 	}
-	switch p, exist := set.scan(Allow, false, &sub, &v); {
+	switch p, exist := set.decide(Allow, &sub, &v, e); {
 	case p != nil:
 	case exist:
 		v.event(PolicyEvent{Message: eventNoMatch})
@@ -59,49 +62,21 @@ func (s *Store) Authorize(c Conn) Verdict {
 	return v
 }
 
-// policySet are policies by what they do, each list sorted by key. It is
-// immutable once it is in the tables.
-type policySet struct{ deny, dryDeny, allow, dryAllow []*policy }
-
-func (set *policySet) add(p *policy) {
-	switch {
-	case p.Action == Deny && p.DryRun:
-		set.dryDeny = append(set.dryDeny, p)
-	case p.Action == Deny:
-		set.deny = append(set.deny, p)
-	case p.DryRun:
-		set.dryAllow = append(set.dryAllow, p)
-	default:
-		set.allow = append(set.allow, p)
-	}
-}
-
-// list returns the policies of one kind; a nil set has none.
-func (set *policySet) list(action Action, dryRun bool) []*policy {
-	switch {
-	case set == nil:
-		return nil
-	case action == Deny && dryRun:
-		return set.dryDeny
-	case action == Deny:
-		return set.deny
-	case dryRun:
-		return set.dryAllow
-	}
-	return set.allow
-}
-
 // applicable are the policies of one workload; each stands there once.
 type applicable struct {
-	namespace, global *policySet
-	named             []*policy
+	sets  [2]*policySet // of its namespace, and the global ones
+	named []*policy
 }
 
 // applicable collects the policies of w. The names that nobody has sent go to v.
 // named has room for the policies that w names.
-func (s *Store) applicable(w *Workload, named []*policy, v *Verdict) applicable {
+func (s *Store) applicable(w *Workload, named []*policy, v *Verdict) (a applicable) {
 	t := s.read()
 	defer s.release(t)
+	a.sets[1] = t.policySet("")
+	if w.Namespace != "" {
+		a.sets[0] = t.policySet(w.Namespace)
+	}
 	for i, key := range w.AuthorizationPolicies {
 		p := t.policy(key)
 		switch {
@@ -114,30 +89,80 @@ func (s *Store) applicable(w *Workload, named []*policy, v *Verdict) applicable 
 			named = append(named, p)
 		}
 	}
-	return applicable{namespace: t.policySet(w.Namespace), global: t.policySet(""), named: named}
+	a.named = named
+	return a
 }
 
-// scan looks for policies of one kind that match and records them in v: all of
-// them in a dry run, otherwise the first, which decides. exist tells whether there
-// are policies of the kind at all.
-func (a *applicable) scan(action Action, dryRun bool, sub *subject, v *Verdict) (matched *policy, exist bool) {
-	for _, list := range [...][]*policy{a.namespace.list(action, dryRun), a.global.list(action, dryRun), a.named} {
-		for _, p := range list {
-			if p.Action != action || p.DryRun != dryRun {
-				continue
-			}
-			exist = true
-			if dryRun && p.tombstone || !p.matches(sub) {
-				continue
-			}
-			matched = p
+// decide looks for the first enforced policy of an action that matches and records
+// it in v. exist tells whether there are policies of the kind at all.
+func (a *applicable) decide(action Action, sub *subject, v *Verdict, e *AuthorizeExplanation) (decides *policy, exist bool) {
+	kind := kindOf(action, false)
+	for _, set := range a.sets {
+		ix := set.index(kind)
+		if ix == nil {
+			continue
+		}
+		exist = true
+		if hit := ix.first(sub, e); hit.policy != nil {
+			v.decide(hit)
+			return hit.policy, true
+		}
+	}
+	for _, p := range a.named {
+		if p.kind() != kind {
+			continue
+		}
+		exist = true
+		if hit := p.first(sub, e); hit.policy != nil {
+			v.decide(hit)
+			return p, true
+		}
+	}
+	return nil, exist
+}
+
+// dryRun records in v all policies of an action that match and are only logged.
+func (a *applicable) dryRun(action Action, sub *subject, v *Verdict, e *AuthorizeExplanation) (matched, exist bool) {
+	kind := kindOf(action, true)
+	for _, set := range a.sets {
+		ix := set.index(kind)
+		if ix == nil {
+			continue
+		}
+		exist = true
+		var buf [8]posting
+		for _, hit := range ix.all(sub, e, buf[:0]) {
+			matched = true
+			v.record(hit.policy)
+		}
+	}
+	for _, p := range a.named {
+		if p.kind() != kind {
+			continue
+		}
+		exist = true
+		if hit := p.first(sub, e); hit.policy != nil {
+			matched = true
 			v.record(p)
-			if !dryRun {
-				return matched, true
-			}
 		}
 	}
 	return matched, exist
+}
+
+// first returns the first rule of p that matches, without a policy if none does.
+func (p *policy) first(sub *subject, e *AuthorizeExplanation) posting {
+	for i := range p.Rules {
+		if hit := (posting{policy: p, rule: int32(i)}); hit.matches(sub, e) {
+			return hit
+		}
+	}
+	return posting{}
+}
+
+// decide notes the rule by which a policy decides.
+func (v *Verdict) decide(hit posting) {
+	v.Policy, v.Rule = hit.policy.denied.Policy, int(hit.rule)
+	v.record(hit.policy)
 }
 
 // record notes a match. The first one borrows the slice of the policy, whose

@@ -6,16 +6,8 @@ import (
 	"strings"
 )
 
-// matches is the truth table of spec/datapath.md §11.3.
-func (p *policy) matches(sub *subject) bool {
-	for _, rule := range p.Rules {
-		if p.rule(rule, sub) {
-			return true
-		}
-	}
-	return false
-}
-
+// rule is the truth table of spec/datapath.md §11.3 for one rule of p; a policy
+// matches if one of its rules does.
 func (p *policy) rule(rule Rule, sub *subject) bool {
 	for _, clause := range rule {
 		if !p.clause(clause, sub) {
@@ -29,12 +21,17 @@ func (p *policy) clause(clause Clause, sub *subject) bool {
 	if len(clause) == 0 {
 		return true
 	}
+	return p.match(clause, sub) >= 0
+}
+
+// match returns the number of the first match of clause that holds, -1 if none does.
+func (p *policy) match(clause Clause, sub *subject) int {
 	for i := range clause {
 		if clause[i].matches(sub, p.Action) {
-			return true
+			return i
 		}
 	}
-	return false
+	return -1
 }
 
 func (m *Match) matches(sub *subject, action Action) bool {

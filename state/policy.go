@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 )
 
 // PolicyScope says to which workloads a policy applies.
@@ -51,10 +52,10 @@ type Policy struct {
 	// workloads refer to it; "" means namespace/name, which it is by convention
 	// (spec/state-xds-dns.md §1.3).
 	ResourceName string
-	Scope           PolicyScope
-	Action          Action
-	Rules           []Rule
-	DryRun          bool // only logged
+	Scope        PolicyScope
+	Action       Action
+	Rules        []Rule
+	DryRun       bool // only logged
 }
 
 // Rule matches if each of its clauses does; without clauses it matches.
@@ -157,6 +158,7 @@ func newTombstone(in *Policy) (*policy, error) {
 		return nil, errors.New("no policy")
 	}
 	t := *in
+	t.Name = or(t.Name, t.Key()) // what lacks a name is no less in force
 	t.Rules = nil
 	if t.Action != Allow && !t.DryRun {
 		t.Action = Deny
@@ -168,6 +170,27 @@ func newTombstone(in *Policy) (*policy, error) {
 	}
 	p.tombstone = true
 	return p, nil
+}
+
+// equal tells whether p and o say the same.
+func (p *policy) equal(o *policy) bool {
+	return p.key == o.key && p.Name == o.Name && p.Namespace == o.Namespace && p.tombstone == o.tombstone &&
+		p.Scope == o.Scope && p.Action == o.Action && p.DryRun == o.DryRun &&
+		slices.EqualFunc(p.Rules, o.Rules, func(a, b Rule) bool {
+			return slices.EqualFunc(a, b, func(a, b Clause) bool {
+				return slices.EqualFunc(a, b, Match.equal)
+			})
+		})
+}
+
+func (m Match) equal(o Match) bool {
+	return m.Unknown == o.Unknown &&
+		slices.Equal(m.Namespaces, o.Namespaces) && slices.Equal(m.NotNamespaces, o.NotNamespaces) &&
+		slices.Equal(m.ServiceAccounts, o.ServiceAccounts) && slices.Equal(m.NotServiceAccounts, o.NotServiceAccounts) &&
+		slices.Equal(m.Principals, o.Principals) && slices.Equal(m.NotPrincipals, o.NotPrincipals) &&
+		slices.Equal(m.SourceIPs, o.SourceIPs) && slices.Equal(m.NotSourceIPs, o.NotSourceIPs) &&
+		slices.Equal(m.DestinationIPs, o.DestinationIPs) && slices.Equal(m.NotDestinationIPs, o.NotDestinationIPs) &&
+		slices.Equal(m.DestinationPorts, o.DestinationPorts) && slices.Equal(m.NotDestinationPorts, o.NotDestinationPorts)
 }
 
 func (p *Policy) check() error {

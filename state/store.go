@@ -230,12 +230,10 @@ func (s *Store) Apply(u Update) error {
 	for _, name := range u.Removed {
 		changed = s.tables.remove(name) || changed
 	}
-	policies := len(p.policies) > 0
-	for _, key := range u.RemovedPolicies {
-		policies = s.tables.removePolicy(key) || policies
-	}
 	s.tables.flush()
-	s.notify(changed || policies, policies)
+	policies := s.tables.change(p.policies, u.RemovedPolicies)
+	s.tables.apply(policies)
+	s.notify(changed || policies.accepted, policies.accepted)
 	return p.err()
 }
 
@@ -252,6 +250,7 @@ func (s *Store) Replace(u Update) error {
 	t := newTables()
 	s.insert(t, p)
 	t.flush()
+	t.apply(t.change(p.policies, nil))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.tables = t
@@ -272,9 +271,6 @@ func (s *Store) insert(t *tables, p *prepared) {
 	}
 	for _, svc := range p.services {
 		t.insertService(svc)
-	}
-	for _, pol := range p.policies {
-		t.insertPolicy(pol)
 	}
 }
 

@@ -23,11 +23,8 @@ type tables struct {
 	// staged are the endpoints of services that are not known yet, by UID.
 	staged map[NamespacedHostname]map[string]Endpoint
 
-	policies map[string]*policy                       // by key
-	scoped   map[string]map[string]*policy            // by namespace ("" = global), then key
-	sets     map[string]*policySet                    // the same, ready to evaluate
-	stale    map[string]struct{}                      // namespaces whose set must be rebuilt
-	pending  map[NamespacedHostname]*pendingEndpoints // of the update in progress
+	policyTable
+	pending map[NamespacedHostname]*pendingEndpoints // of the update in progress
 }
 
 type cidrEntry struct {
@@ -44,19 +41,16 @@ type pendingEndpoints struct {
 
 func newTables() *tables {
 	return &tables{
-		workloads: map[string]*workload{},
-		addresses: map[NetworkAddress][]*workload{},
-		local:     map[Ref][]*workload{},
-		services:  map[NamespacedHostname]*service{},
-		hosts:     map[string][]*service{},
-		vips:      map[NetworkAddress][]*service{},
-		cidrs:     map[string][]cidrEntry{},
-		staged:    map[NamespacedHostname]map[string]Endpoint{},
-		policies:  map[string]*policy{},
-		scoped:    map[string]map[string]*policy{},
-		sets:      map[string]*policySet{},
-		stale:     map[string]struct{}{},
-		pending:   map[NamespacedHostname]*pendingEndpoints{},
+		workloads:   map[string]*workload{},
+		addresses:   map[NetworkAddress][]*workload{},
+		local:       map[Ref][]*workload{},
+		services:    map[NamespacedHostname]*service{},
+		hosts:       map[string][]*service{},
+		vips:        map[NetworkAddress][]*service{},
+		cidrs:       map[string][]cidrEntry{},
+		staged:      map[NamespacedHostname]map[string]Endpoint{},
+		policyTable: newPolicyTable(),
+		pending:     map[NamespacedHostname]*pendingEndpoints{},
 	}
 }
 
@@ -120,10 +114,6 @@ func (t *tables) flush() {
 		}
 	}
 	clear(t.pending)
-	for ns := range t.stale {
-		t.rebuildSet(ns)
-	}
-	clear(t.stale)
 }
 
 func (t *tables) stage(key NamespacedHostname, p *pendingEndpoints) {
@@ -245,63 +235,6 @@ func (t *tables) unindexService(svc *service) {
 	for _, c := range svc.CIDRVIPs {
 		drop(t.cidrs, c.Network, cidrEntry{c.Prefix, svc})
 	}
-}
-
-// insertPolicy adds p; a tombstone never takes the place of a good policy.
-func (t *tables) insertPolicy(p *policy) {
-	if old, ok := t.policies[p.key]; ok && p.tombstone && !old.tombstone {
-		return
-	}
-	t.removePolicy(p.key)
-	t.policies[p.key] = p
-	if p.Scope == PolicySelector {
-		return
-	}
-	ns := p.scopeNamespace()
-	if t.scoped[ns] == nil {
-		t.scoped[ns] = map[string]*policy{}
-	}
-	t.scoped[ns][p.key] = p
-	t.stale[ns] = struct{}{}
-}
-
-func (t *tables) removePolicy(key string) bool {
-	p, ok := t.policies[key]
-	if !ok {
-		return false
-	}
-	delete(t.policies, key)
-	if p.Scope != PolicySelector {
-		ns := p.scopeNamespace()
-		delete(t.scoped[ns], key)
-		if len(t.scoped[ns]) == 0 {
-			delete(t.scoped, ns)
-		}
-		t.stale[ns] = struct{}{}
-	}
-	return true
-}
-
-// scopeNamespace is where a policy is indexed: "" for global ones.
-func (p *policy) scopeNamespace() string {
-	if p.Scope == PolicyGlobal {
-		return ""
-	}
-	return p.Namespace
-}
-
-// rebuildSet makes the set of a namespace anew. Readers hold the old one without
-// the lock, hence it is never edited.
-func (t *tables) rebuildSet(ns string) {
-	if len(t.scoped[ns]) == 0 {
-		delete(t.sets, ns)
-		return
-	}
-	set := &policySet{}
-	for _, key := range slices.Sorted(maps.Keys(t.scoped[ns])) {
-		set.add(t.scoped[ns][key])
-	}
-	t.sets[ns] = set
 }
 
 func add[K, V comparable](m map[K][]V, key K, v V) { m[key] = append(m[key], v) }

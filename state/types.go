@@ -185,6 +185,8 @@ type Conn struct {
 // Its slices are shared and must not be modified.
 type Verdict struct {
 	Denied  *Denied       // nil: allowed
+	Policy  string        // namespace/name of the policy that decided, "" if none did
+	Rule    int           // its rule that matched, from 0
 	Events  []PolicyEvent // the policies that matched, dry-run or enforced, and the outcome: the lines of the policy log
 	Missing []string      // policies that the workload names and nobody has sent
 }
