@@ -21,7 +21,10 @@ type connection struct {
 	src, dst            netip.AddrPort
 	hboneAuthority      string          // of the CONNECT request, "" for plain TCP
 	source, destination *state.Workload // nil if unknown
-	told                *baggage        // what an unknown source says of itself, nil if nothing
+	// told is what the peer says of itself, nil if nothing: it describes the source
+	// of an inbound connection and the destination of one by double HBONE, where
+	// the store does not know them.
+	told *baggage
 
 	sourcePrincipal, destinationPrincipal string // for the labels
 	service                               *state.ServiceRef
@@ -36,13 +39,23 @@ type connection struct {
 // sourceParty and destinationParty describe the ends. They are made when they are
 // needed: an idle connection keeps none.
 func (c *connection) sourceParty() party {
-	if c.source == nil && c.told != nil {
+	if c.source == nil && c.told != nil && c.reporter == reporterDestination {
 		return partyFrom(*c.told)
 	}
 	return partyOf(c.source)
 }
 
-func (c *connection) destinationParty() party { return partyOf(c.destination) }
+func (c *connection) destinationParty() party {
+	if c.toldDestination() {
+		return partyFrom(*c.told)
+	}
+	return partyOf(c.destination)
+}
+
+// toldDestination tells whether the destination is described by its own words.
+func (c *connection) toldDestination() bool {
+	return c.destination == nil && c.told != nil && c.reporter == reporterSource
+}
 
 // open records the beginning. The byte counters exist from here on, at zero.
 func (c *connection) open(ctx context.Context, m *Metrics, log *slog.Logger, start time.Time) {
@@ -136,7 +149,11 @@ func (c *connection) attrs() []slog.Attr {
 	if c.service != nil {
 		add("dst.service", c.service.Hostname)
 	}
-	add("dst.workload", d.logName())
+	if c.toldDestination() {
+		add("dst.workload", c.told.workload)
+	} else {
+		add("dst.workload", d.logName())
+	}
 	add("dst.namespace", d.namespace)
 	if c.mutualTLS {
 		add("dst.identity", c.destinationPrincipal)

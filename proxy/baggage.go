@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/state"
 )
@@ -13,6 +15,7 @@ const (
 	fieldBaggage     = "baggage"
 	fieldForwarded   = "forwarded"
 	fieldTraceparent = "traceparent"
+	fieldNetwork     = "x-forwarded-network"
 )
 
 // maxBaggageValue bounds what a peer can put into a label or a log line.
@@ -66,6 +69,25 @@ func (b baggage) String() string {
 	add("cloud.region", b.region)
 	add("cloud.availability_zone", b.zone)
 	return sb.String()
+}
+
+// of narrows what a peer tells to what may be true of it: the namespace is the
+// one of the identity that its certificate proves.
+func (b *baggage) of(id spiffeid.ID) *baggage {
+	if ns, ok := identityNamespace(id); ok && b.namespace != "" {
+		b.namespace = ns
+	}
+	return b
+}
+
+// identityNamespace is the namespace of an identity of the usual form,
+// /ns/<namespace>/sa/<service account>.
+func identityNamespace(id spiffeid.ID) (string, bool) {
+	parts := strings.Split(id.Path(), "/")
+	if len(parts) != 5 || parts[1] != "ns" || parts[3] != "sa" {
+		return "", false
+	}
+	return parts[2], true
 }
 
 // baggageValue drops what can't stand in a value.

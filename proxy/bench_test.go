@@ -46,7 +46,7 @@ func BenchmarkTelemetry(b *testing.B) {
 			m := NewMetrics(prometheus.NewRegistry(), MetricsConfig{})
 			b.ReportAllocs()
 			for b.Loop() {
-				c := outboundConnection(src, local, route)
+				c := outboundConnection(src, local, route, "10.0.0.2:80")
 				c.open(b.Context(), m, tt.log, time.Now())
 				c.end(b.Context(), outcome{toUp: 11, toDown: 22})
 			}

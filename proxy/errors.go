@@ -47,7 +47,10 @@ func (e *dialError) Error() string { return "connect: " + e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
 
 // openError is a failure between the TCP connect and the peer's answer.
-type openError struct{ err error }
+type openError struct {
+	inner bool // of the tunnel within a tunnel, to the workload behind a gateway
+	err   error
+}
 
 func (e *openError) Error() string { return "open: " + e.err.Error() }
 func (e *openError) Unwrap() error { return e.err }

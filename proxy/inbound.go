@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -103,7 +105,7 @@ func (t *inboundTunnel) serve(ctx context.Context, r *hbone.Request) {
 		_ = r.Reject(refused.status, body)
 		return
 	}
-	c := t.connection(r, in)
+	c := t.connection(ctx, r, in)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
 	release := p.tracker.trackInbound(r.Cancel, in.rbac, in.host)
 	connected := false
@@ -146,7 +148,7 @@ func (t *inboundTunnel) check(ctx context.Context, r *hbone.Request) (inboundReq
 		return inboundRequest{}, &refusal{http.StatusServiceUnavailable, rejectUnknownWorkload, err}
 	}
 	host := forwardedHost(r.Fields)
-	route, err := p.cfg.Store.Inbound(state.InboundQuery{
+	route, err := p.inboundRoute(ctx, state.InboundQuery{
 		Local: local, ConnDst: t.dst, Addr: a.Addr, Host: a.Host, Port: a.Port, ForwardedHost: host,
 	})
 	switch {
@@ -171,14 +173,11 @@ func (t *inboundTunnel) connect(ctx context.Context, r *hbone.Request, in inboun
 		_ = r.Reject(http.StatusUnauthorized, "")
 		return nil, nil, denied
 	}
-	src := netip.Addr{}
-	if p.inbound.Transparent() {
-		src = t.src.Addr()
-	}
-	conn, err := p.cfg.Network.Dial(ctx, src, in.route.Upstream)
+	src, dst := t.bind(in.route)
+	conn, err := p.cfg.Network.Dial(ctx, src, dst)
 	if err != nil {
 		_ = r.Reject(http.StatusServiceUnavailable, "")
-		return nil, nil, err
+		return nil, nil, &upstreamError{err}
 	}
 	var fields []hbone.Field
 	if p.cfg.ResponseBaggage {
@@ -187,9 +186,31 @@ func (t *inboundTunnel) connect(ctx context.Context, r *hbone.Request, in inboun
 	stream, err := r.Accept(fields...)
 	if err != nil {
 		_ = conn.Abort() // the client has given up; the application must not take it for a clean end
-		return nil, nil, directionError{"receive", err}
+		return nil, nil, &upstreamError{directionError{"receive", err}}
+	}
+	if in.route.Proxy {
+		// After the 200, so that a client that has gone costs the application no
+		// connection with a header and nothing behind it.
+		if err := sendProxyHeader(conn, proxyHeader(t.src, in.route.Target, in.identity)); err != nil {
+			stream.Reset(hbone.ErrConnect)
+			_ = conn.Abort()
+			return nil, nil, err
+		}
 	}
 	return stream, conn, nil
+}
+
+// bind is from which address we connect to which, by spec/datapath.md §6.5. The
+// zero source leaves it to the kernel.
+func (t *inboundTunnel) bind(route state.InboundRoute) (src netip.Addr, dst netip.AddrPort) {
+	switch {
+	case route.Proxy && t.p.cfg.LocalhostAppTunnel:
+		local := loopbackOf(route.Upstream.Addr())
+		return local, netip.AddrPortFrom(local, route.Upstream.Port())
+	case t.p.inbound.Transparent():
+		return t.src.Addr(), route.Upstream
+	}
+	return netip.Addr{}, route.Upstream
 }
 
 // dialFailed is the end of a connection that was opened and did not get as far
@@ -206,9 +227,9 @@ func dialFailed(ctx context.Context, err error) outcome {
 	case errors.As(cause, &reset) && reset.Remote:
 		return outcome{reset: resetDownstream}
 	case cause != nil:
-		err = cause
+		return outcome{err: &upstreamError{cause}}
 	}
-	return outcome{err: &upstreamError{err}}
+	return outcome{err: err}
 }
 
 // span makes the logger of one request: its lines carry the client's trace.
@@ -245,22 +266,54 @@ func (p *Proxy) authorize(ctx context.Context, c state.Conn, span func() *slog.L
 }
 
 // connection is the telemetry of one inbound request (spec/datapath.md §6.3).
-func (t *inboundTunnel) connection(r *hbone.Request, in inboundRequest) *connection {
-	p := t.p
+func (t *inboundTunnel) connection(ctx context.Context, r *hbone.Request, in inboundRequest) *connection {
 	c := &connection{
 		reporter: reporterDestination, src: t.src, dst: t.dst, hboneAuthority: in.authority,
 		destination: in.local, service: in.route.Service, mutualTLS: true,
 		sourcePrincipal: in.identity.String(), destinationPrincipal: in.local.Identity.String(),
 	}
-	// What the store knows of the client's address outweighs what the client
-	// says of itself.
-	known := false
-	if c.source, known = p.cfg.Store.Workload(p.cfg.NetworkID, t.src.Addr()); !known && p.cfg.ResponseBaggage {
+	if c.source = t.source(ctx, r, in.identity); c.source == nil && t.p.cfg.ResponseBaggage {
 		if told, ok := parseBaggage(r.Fields); ok {
-			c.told = &told
+			c.told = told.of(in.identity)
 		}
 	}
 	return c
+}
+
+// source is the workload that sent a request, nil if that is not known.
+//
+// A peer does not choose its labels. The store's workload at the peer's address
+// is the source if it has the identity that the peer has proved: this holds for
+// a client and for the waypoint that stands before us, which is then the source
+// (row N-08). It does not hold for who connects through a gateway or a NAT, nor
+// for an address that has just changed hands: there the peer is described by its
+// identity and, as far as that goes, by its own words. What the peer says in
+// x-forwarded-network can therefore not hide a workload that we know by both, nor
+// take another's place; it only spares the look-up at the control plane.
+func (t *inboundTunnel) source(ctx context.Context, r *hbone.Request, identity spiffeid.ID) *state.Workload {
+	p := t.p
+	w, known := p.cfg.Store.Workload(p.cfg.NetworkID, t.src.Addr())
+	if !known && !p.fromGateway(r.Fields) {
+		w, known = p.demandSource(ctx, t.src.Addr())
+	}
+	if !known || !p.sameIdentity(w.Identity, identity) {
+		return nil
+	}
+	return w
+}
+
+// fromGateway tells whether a request says that it comes from another network.
+func (p *Proxy) fromGateway(fields []hbone.Field) bool {
+	network, ok := fieldValue(fields, fieldNetwork)
+	return ok && !strings.EqualFold(network, p.cfg.NetworkID)
+}
+
+// sameIdentity compares identities as our trust domain's aliases do (design D2).
+func (p *Proxy) sameIdentity(a, b spiffeid.ID) bool {
+	ours := func(td spiffeid.TrustDomain) bool {
+		return td == p.cfg.TLS.DefaultTrustDomain || slices.Contains(p.cfg.TLS.Aliases, td)
+	}
+	return a == b || a.Path() == b.Path() && ours(a.TrustDomain()) && ours(b.TrustDomain())
 }
 
 // missingPolicy reports a policy that the workload names and nobody has sent:

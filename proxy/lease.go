@@ -15,7 +15,8 @@ import (
 // leaseHolder keeps the one lease of a proxy. It follows the local workload's
 // identity, which the store may change.
 type leaseHolder struct {
-	cfg *Config
+	cfg     *Config
+	standIn *state.Workload // while the store does not know the local workload
 
 	mu    sync.Mutex // guards id, lease
 	id    spiffeid.ID
@@ -31,7 +32,11 @@ func (h *leaseHolder) leaseFor(w *state.Workload, podUID string) (*ca.Lease, err
 	if h.lease != nil && h.id == w.Identity {
 		return h.lease, nil
 	}
-	if now, ok := h.cfg.Store.Local(h.cfg.Local); !ok || now.Identity != w.Identity {
+	now, ok := h.cfg.Store.Local(h.cfg.Local)
+	if !ok {
+		now = h.standIn
+	}
+	if now == nil || now.Identity != w.Identity {
 		return nil, fmt.Errorf("the local workload is no longer %s", w.Identity)
 	}
 	old := h.lease

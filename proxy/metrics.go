@@ -16,6 +16,7 @@ type Metrics struct {
 	sockets                   *prometheus.GaugeVec
 	rejected, resets, missing *prometheus.CounterVec
 	revoked, untracked        *prometheus.CounterVec
+	onDemandDNS               *metric.Counters
 	panics                    prometheus.Counter
 }
 
@@ -47,6 +48,21 @@ var trafficLabels = []string{
 	"source_region", "source_zone", "destination_region", "destination_zone",
 }
 
+// onDemandDNSNames is the label set O of spec/datapath.md §14.2.
+var onDemandDNSNames = []string{
+	"source_workload", "source_canonical_service", "source_canonical_revision", "source_workload_namespace",
+	"source_principal", "source_app", "source_version", "source_cluster", "hostname",
+}
+
+// onDemandDNSLabels are the values of onDemandDNSNames. The principal is that of
+// the workload that the store knows; nobody has been asked for a certificate.
+func onDemandDNSLabels(source *state.Workload, host string) []string {
+	s := partyOf(source)
+	return []string{
+		s.workload, s.canonicalService, s.revision, s.namespace, source.Identity.String(), s.app, s.revision, s.cluster, host,
+	}
+}
+
 // NewMetrics makes the families and registers them.
 func NewMetrics(r prometheus.Registerer, cfg MetricsConfig) *Metrics {
 	vec := func(name, help string, labels ...string) *prometheus.CounterVec {
@@ -69,11 +85,15 @@ func NewMetrics(r prometheus.Registerer, cfg MetricsConfig) *Metrics {
 		missing:   vec("istio_authz_missing_policies", "The number of decisions that met a policy which the workload names and nobody has sent (unstable)"),
 		revoked:   vec("istio_crl_policy_rejections", "The number of handshakes refused and tunnels ended because a certificate of the peer is revoked (unstable)", "reporter"),
 		untracked: vec("istio_crl_untracked_connections", "The number of tunnels to which the revocation lists could not be applied (unstable)", "reporter"),
+		onDemandDNS: metric.NewCounters(metric.Opts{
+			Name: "istio_on_demand_dns", Help: "The number of times that the host name of a workload without address was resolved (unstable)",
+			Labels: onDemandDNSNames, Idle: cfg.Idle, Max: cfg.MaxSeries,
+		}),
 		panics: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "istio_panics_total", Help: "The number of panics that ended one connection only (unstable)",
 		}),
 	}
-	r.MustRegister(m.traffic, m.sockets, m.rejected, m.resets, m.missing, m.revoked, m.untracked, m.panics)
+	r.MustRegister(m.traffic, m.sockets, m.rejected, m.resets, m.missing, m.revoked, m.untracked, m.onDemandDNS, m.panics)
 	return m
 }
 

@@ -38,10 +38,12 @@ type localFacts struct {
 	baggage  string
 }
 
-// upstream is a connected next hop: exactly one field is set.
+// upstream is a connected next hop: one of stream and conn is set, or none if
+// connecting failed. The authority is that of the request, "" for plain TCP.
 type upstream struct {
-	stream hbone.Stream
-	conn   netns.Conn
+	stream    hbone.Stream
+	conn      netns.Conn
+	authority string
 }
 
 // serveOutbound carries one captured connection (spec/datapath.md §4).
@@ -56,17 +58,21 @@ func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (k *copying)
 		}
 	}()
 	src, dst := conn.Remote(), p.originalDst(ctx, conn)
-	local, route, why, err := p.routeOutbound(ctx, conn, dst)
+	connecting, connected := watchReset(ctx, conn)
+	local, route, why, err := p.routeOutbound(connecting, conn, dst)
 	if err != nil {
+		connected()
 		p.earlyDeny(ctx, reporterSource, why, src, dst, err)
 		conn.Close()
 		return nil
 	}
 	query := state.Query{Source: local, SourceIP: src.Addr(), Dst: dst}
-	connecting, connected := watchReset(ctx, conn)
 	route, up, untrack, err := p.connectRetried(connecting, src, query, route)
 	connected()
-	c := outboundConnection(src, local, route)
+	c := outboundConnection(src, local, route, up.authority)
+	if up.stream != nil && route.Protocol == state.DoubleHBONE {
+		c.behindGateway(up.stream)
+	}
 	c.open(ctx, p.cfg.Metrics, p.access, start)
 	if err != nil {
 		untrack()
@@ -97,14 +103,14 @@ func (p *Proxy) routeOutbound(ctx context.Context, conn netns.Conn, dst netip.Ad
 	if p.illegalPort(dst.Port()) && (dst.Addr().IsLoopback() || dst == conn.Local()) {
 		return nil, state.Route{}, rejectSelfCall, errSelfCall
 	}
-	local, err := p.localWorkload(ctx)
+	local, err := p.outboundWorkload(ctx)
 	if err != nil {
 		return nil, state.Route{}, rejectUnknownWorkload, err
 	}
 	if p.illegalPort(dst.Port()) && slices.Contains(local.IPs, dst.Addr()) {
 		return nil, state.Route{}, rejectSelfCall, errSelfCall
 	}
-	route, err := p.cfg.Store.Route(state.Query{Source: local, SourceIP: conn.Remote().Addr(), Dst: dst})
+	route, err := p.route(ctx, state.Query{Source: local, SourceIP: conn.Remote().Addr(), Dst: dst})
 	return local, route, rejectRoute, err
 }
 
@@ -169,7 +175,7 @@ func (p *Proxy) connectRetried(ctx context.Context, src netip.AddrPort, query st
 		return route, up, untrack, err
 	}
 	query.Avoid = []string{route.Workload.UID}
-	other, routeErr := p.cfg.Store.Route(query)
+	other, routeErr := p.route(ctx, query)
 	if routeErr != nil || other.NextHop == route.NextHop {
 		return route, up, untrack, err
 	}
@@ -180,11 +186,16 @@ func (p *Proxy) connectRetried(ctx context.Context, src netip.AddrPort, query st
 	return other, up, untrack, err
 }
 
-func (p *Proxy) connect(ctx context.Context, src netip.AddrPort, local *state.Workload, route state.Route) (upstream, error) {
+func (p *Proxy) connect(ctx context.Context, src netip.AddrPort, local *state.Workload, route state.Route) (_ upstream, err error) {
 	switch route.Protocol {
 	case state.HBONE:
-		stream, err := p.openStream(ctx, src, local, route)
-		return upstream{stream: stream}, err
+		up := upstream{authority: route.Authority.String()}
+		up.stream, err = p.openStream(ctx, src, local, route, up.authority)
+		return up, err
+	case state.DoubleHBONE:
+		up := upstream{authority: route.Authority.String()}
+		up.stream, err = p.openInner(ctx, src, local, route, up.authority)
+		return up, err
 	case state.TCP:
 		conn, err := p.cfg.Network.Dial(ctx, netip.Addr{}, route.NextHop)
 		switch {
@@ -199,44 +210,64 @@ func (p *Proxy) connect(ctx context.Context, src netip.AddrPort, local *state.Wo
 }
 
 // openStream opens a CONNECT stream over a pooled tunnel (spec/datapath.md §4.9, §5.2).
-func (p *Proxy) openStream(ctx context.Context, src netip.AddrPort, local *state.Workload, route state.Route) (hbone.Stream, error) {
-	svid, err := p.svid(ctx, local)
+func (p *Proxy) openStream(ctx context.Context, src netip.AddrPort, local *state.Workload, route state.Route, authority string) (hbone.Stream, error) {
+	key, err := p.tunnelKey(ctx, src, local, &route)
 	if err != nil {
 		return nil, err
+	}
+	stream, err := p.pool.Open(ctx, key, authority,
+		hbone.Field{Name: fieldBaggage, Value: p.factsOf(local).baggage},
+		hbone.Field{Name: fieldForwarded, Value: forwardedHeader(src, hostOf(&route))},
+		hbone.Field{Name: fieldTraceparent, Value: newTraceID().traceparent()})
+	if err != nil {
+		return nil, openFailed(ctx, err, false)
+	}
+	return stream, nil
+}
+
+// tunnelKey is that of the tunnel to the route's next hop, for connections of
+// today.
+func (p *Proxy) tunnelKey(ctx context.Context, src netip.AddrPort, local *state.Workload, route *state.Route) (poolKey, error) {
+	svid, err := p.svid(ctx, local)
+	if err != nil {
+		return poolKey{}, err
 	}
 	key := poolKey{
 		source: svid.ID, sourceIP: src.Addr(), dst: route.NextHop,
 		expected: joinIDs(route.ExpectedIDs), epoch: svid.Epoch(),
 	}
-	if route.Workload != nil {
-		key.uid = route.Workload.UID
+	if hop := route.Hop(); hop != nil {
+		key.uid = hop.UID
 	}
 	p.retireEpoch(key.epoch)
+	return key, nil
+}
 
-	host := ""
-	if route.Service != nil {
-		host = route.Service.Hostname
+// hostOf is the host name of the service that the client intended, "" if none.
+func hostOf(route *state.Route) string {
+	if route.Service == nil {
+		return ""
 	}
-	stream, err := p.pool.Open(ctx, key, route.Authority.String(),
-		hbone.Field{Name: fieldBaggage, Value: p.factsOf(local).baggage},
-		hbone.Field{Name: fieldForwarded, Value: forwardedHeader(src, host)},
-		hbone.Field{Name: fieldTraceparent, Value: newTraceID().traceparent()})
-	if err == nil {
-		return stream, nil
-	}
+	return route.Service.Hostname
+}
+
+// openFailed says what kind of failure a pool's error is. What dialling for the
+// pool has classified already stays as it is.
+func openFailed(ctx context.Context, err error, inner bool) error {
 	var (
 		workload *unknownWorkloadError
 		identity *identityError
 		dial     *dialError
 		config   *tlsConfigError
+		open     *openError
 	)
 	switch {
 	case ctx.Err() != nil:
-		return nil, context.Cause(ctx)
-	case errors.As(err, &workload), errors.As(err, &identity), errors.As(err, &dial), errors.As(err, &config):
-		return nil, err
+		return context.Cause(ctx)
+	case errors.As(err, &workload), errors.As(err, &identity), errors.As(err, &dial), errors.As(err, &config), errors.As(err, &open):
+		return err
 	}
-	return nil, &openError{err}
+	return &openError{inner: inner, err: err}
 }
 
 // retireEpoch lets tunnels end whose trust is no longer ours: another issuer,
@@ -247,6 +278,7 @@ func (p *Proxy) retireEpoch(now ca.Epoch) {
 		return
 	}
 	if p.epoch.CompareAndSwap(old, &now) && old != nil {
+		p.inner.Retire(func(k innerKey, _ *hbone.ConnInfo) bool { return k.outer.epoch != now }, errTrustChanged)
 		p.pool.Retire(func(k poolKey, _ *hbone.ConnInfo) bool { return k.epoch != now }, errTrustChanged)
 	}
 }
@@ -255,31 +287,41 @@ var errTrustChanged = errors.New("the certificate's issuer or bundle has changed
 
 // dialTunnel connects for the pool. It runs once per key, whoever waits.
 func (p *Proxy) dialTunnel(ctx context.Context, k poolKey) (net.Conn, hbone.Handshake, error) {
-	local, err := p.localWorkload(ctx)
+	handshake, err := p.clientHandshake(ctx, k.source, k.expected)
 	if err != nil {
 		return nil, hbone.Handshake{}, err
-	}
-	svid, err := p.svid(ctx, local)
-	if err != nil {
-		return nil, hbone.Handshake{}, err
-	}
-	if svid.ID != k.source {
-		return nil, hbone.Handshake{}, &identityError{fmt.Errorf("the local workload is now %s, the connection was accepted for %s", svid.ID, k.source)}
-	}
-	expected, err := splitIDs(k.expected)
-	if err != nil {
-		return nil, hbone.Handshake{}, &tlsConfigError{err}
-	}
-	t := p.newTunnel(reporterSource, svid)
-	config, err := ca.ClientTLS(svid, expected, t.options())
-	if err != nil {
-		return nil, hbone.Handshake{}, &tlsConfigError{err}
 	}
 	conn, err := p.cfg.Network.Dial(ctx, netip.Addr{}, k.dst)
 	if err != nil {
 		return nil, hbone.Handshake{}, &dialError{hbone: true, err: err}
 	}
-	return conn, hbone.Handshake{TLS: config, Established: t.established}, nil
+	return conn, handshake, nil
+}
+
+// clientHandshake is the one of a tunnel from source, our identity, to a peer
+// that must be one of expected.
+func (p *Proxy) clientHandshake(ctx context.Context, source spiffeid.ID, expected string) (hbone.Handshake, error) {
+	local, err := p.outboundWorkload(ctx)
+	if err != nil {
+		return hbone.Handshake{}, err
+	}
+	svid, err := p.svid(ctx, local)
+	if err != nil {
+		return hbone.Handshake{}, err
+	}
+	if svid.ID != source {
+		return hbone.Handshake{}, &identityError{fmt.Errorf("the local workload is now %s, the connection was accepted for %s", svid.ID, source)}
+	}
+	ids, err := splitIDs(expected)
+	if err != nil {
+		return hbone.Handshake{}, &tlsConfigError{err}
+	}
+	t := p.newTunnel(reporterSource, svid)
+	config, err := ca.ClientTLS(svid, ids, t.options())
+	if err != nil {
+		return hbone.Handshake{}, &tlsConfigError{err}
+	}
+	return hbone.Handshake{TLS: config, Established: t.established}, nil
 }
 
 // factsOf renders the baggage of the local workload once per version of it.
@@ -293,9 +335,9 @@ func (p *Proxy) factsOf(local *state.Workload) *localFacts {
 }
 
 // outboundConnection is the telemetry of an outbound connection.
-func outboundConnection(src netip.AddrPort, local *state.Workload, route state.Route) *connection {
+func outboundConnection(src netip.AddrPort, local *state.Workload, route state.Route, authority string) *connection {
 	c := &connection{
-		reporter: reporterSource, src: src, dst: route.NextHop, hboneAuthority: route.Authority.String(),
+		reporter: reporterSource, src: src, dst: route.NextHop, hboneAuthority: authority,
 		source: local, destination: route.Workload, service: route.Service,
 		mutualTLS: route.Protocol != state.TCP,
 	}

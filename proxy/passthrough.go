@@ -37,7 +37,7 @@ func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (k *copyi
 		deny(rejectUnknownWorkload, err)
 		return nil
 	}
-	c := p.passthroughConnection(src, dst, local)
+	c := p.passthroughConnection(ctx, src, dst, local)
 	c.open(ctx, p.cfg.Metrics, p.access, start)
 	rbac := state.Conn{Src: src, Dst: dst, Destination: local}
 	tracked, cut := context.WithCancelCause(ctx)
@@ -70,16 +70,23 @@ func (p *Proxy) connectPlain(ctx context.Context, rbac state.Conn) (netns.Conn, 
 	if p.passthrough.Transparent() {
 		src = rbac.Src.Addr()
 	}
-	return p.cfg.Network.Dial(ctx, src, rbac.Dst)
+	conn, err := p.cfg.Network.Dial(ctx, src, rbac.Dst)
+	if err != nil {
+		return nil, &upstreamError{err}
+	}
+	return conn, nil
 }
 
 // passthroughConnection is the telemetry of a plaintext connection.
-func (p *Proxy) passthroughConnection(src, dst netip.AddrPort, local *state.Workload) *connection {
+func (p *Proxy) passthroughConnection(ctx context.Context, src, dst netip.AddrPort, local *state.Workload) *connection {
 	c := &connection{
 		reporter: reporterDestination, src: src, dst: dst,
 		destination: local, service: p.cfg.Store.GuessService(local, dst.Port(), ""),
 		destinationPrincipal: local.Identity.String(),
 	}
-	c.source, _ = p.cfg.Store.Workload(p.cfg.NetworkID, src.Addr())
+	known := false
+	if c.source, known = p.cfg.Store.Workload(p.cfg.NetworkID, src.Addr()); !known {
+		c.source, _ = p.demandSource(ctx, src.Addr())
+	}
 	return c
 }

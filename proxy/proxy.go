@@ -41,6 +41,9 @@ type Config struct {
 	// three listeners (spec/datapath.md §3.5).
 	IllegalPorts []uint16
 	NetworkID    string // the network of this node
+	// NodeName and ClusterID are those of this node, for a Local that the store
+	// does not know (decision D22). An empty ClusterID means Kubernetes.
+	NodeName, ClusterID string
 
 	HBONE           hbone.Config  // of tunnels, both roles
 	PoolMaxStreams  int           // per outbound tunnel
@@ -51,8 +54,23 @@ type Config struct {
 
 	ResponseBaggage   bool          // send baggage with the 200, and believe that of requests
 	PolicyInfoLogging bool          // log policy decisions at INFO instead of DEBUG
-	WorkloadWait      time.Duration // for the store to learn Local; 0: 5 s
+	WorkloadWait      time.Duration // for the store to learn Local; 0: 5 s. Outbound connections wait 1 s at most (decision D22)
 	CertificateWait   time.Duration // for the first certificate; 0: 10 s
+
+	// LocalhostAppTunnel connects to an application that wants PROXY headers by
+	// the loopback address, from the loopback address (spec/datapath.md §6.5).
+	LocalhostAppTunnel bool
+
+	// Demand asks the control plane for a resource by the name that a
+	// [state.Miss] gives it, and blocks until the store has what there is of it,
+	// or ctx ends. It is called concurrently. Nil: the control plane sends
+	// everything unasked.
+	Demand func(ctx context.Context, key string) error
+	// Resolve looks a workload's host name up. No addresses without an error mean
+	// that the name has none. It is called concurrently. Nil: workloads without
+	// address are not reached.
+	Resolve        func(ctx context.Context, host string) ([]netip.Addr, error)
+	ResolveTimeout time.Duration // 0: 10 s
 
 	Metrics *Metrics
 	Log     *slog.Logger // nil: discard
@@ -70,8 +88,11 @@ type Proxy struct {
 	server     *hbone.Server
 	pool       *hbone.Pool[poolKey]
 	tracker    *conntrack
+	inner      *hbone.Pool[innerKey] // sessions of double HBONE, each over a stream of pool
 	tunnels    tunnels
 	handshakes *handshakes
+	demands    chan struct{} // places for look-ups on demand
+	standIn    standIn
 
 	identity leaseHolder
 	epoch    atomic.Pointer[ca.Epoch] // of the SVID that outbound tunnels use
@@ -108,6 +129,10 @@ func New(cfg Config) (*Proxy, error) {
 		}
 	}
 
+	local, err := newStandIn(&cfg)
+	if err != nil {
+		return nil, err
+	}
 	p := &Proxy{
 		cfg:        cfg,
 		log:        cfg.Log.With("component", "proxy"),
@@ -116,8 +141,10 @@ func New(cfg Config) (*Proxy, error) {
 		server:     hbone.NewServer(cfg.HBONE),
 		tracker:    newConntrack(),
 		handshakes: newHandshakes(cfg.MaxHandshakes),
+		demands:    make(chan struct{}, maxDemands),
 	}
-	p.identity.cfg = &p.cfg
+	p.standIn.workload = local
+	p.identity.cfg, p.identity.standIn = &p.cfg, local
 	p.pool = hbone.NewPool(hbone.PoolConfig[poolKey]{
 		Config:      cfg.HBONE,
 		Dial:        p.dialTunnel,
@@ -126,6 +153,7 @@ func New(cfg Config) (*Proxy, error) {
 		ConnsPerKey: cfg.PoolConnsPerKey,
 		MaxAge:      cfg.PoolMaxAge,
 	})
+	p.inner = hbone.NewPool(innerPool(&cfg, p.dialInner))
 	return p, nil
 }
 
@@ -196,6 +224,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 
 	stopWatch()
 	watchers.Wait()
+	p.inner.Close() // its sessions are streams of the other
 	p.pool.Close()
 	p.identity.release()
 	p.log.Info("shutdown complete")
@@ -266,29 +295,6 @@ func (p *Proxy) panicked(ctx context.Context, where string, value any) {
 		"panic", fmt.Sprint(value), "stack", string(debug.Stack()))
 }
 
-// localWorkload is the workload for which we stand in; the store may need a
-// moment to learn of it.
-func (p *Proxy) localWorkload(ctx context.Context) (*state.Workload, error) {
-	if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
-		return w, nil
-	}
-	timer := time.NewTimer(p.cfg.WorkloadWait)
-	defer timer.Stop()
-	for {
-		changed := p.cfg.Store.Changed()
-		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
-			return w, nil
-		}
-		select {
-		case <-changed:
-		case <-timer.C:
-			return nil, &unknownWorkloadError{p.cfg.Local}
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
-}
-
 // watchState follows the store: it re-checks the open connections against the
 // policies, and lets tunnels end whose workload has moved.
 func (p *Proxy) watchState(ctx context.Context) {
@@ -353,10 +359,12 @@ func (p *Proxy) recheckPolicies(ctx context.Context) {
 // retireMoved lets tunnels end whose workload is no longer at their address:
 // its IP may belong to another pod now (design D9).
 func (p *Proxy) retireMoved() {
-	p.pool.Retire(func(k poolKey, _ *hbone.ConnInfo) bool {
+	moved := func(k poolKey) bool {
 		w, ok := p.cfg.Store.WorkloadByUID(k.uid)
 		return k.uid != "" && (!ok || !slices.Contains(w.IPs, k.dst.Addr()))
-	}, errMoved)
+	}
+	p.inner.Retire(func(k innerKey, _ *hbone.ConnInfo) bool { return moved(k.outer) }, errMoved)
+	p.pool.Retire(func(k poolKey, _ *hbone.ConnInfo) bool { return moved(k) }, errMoved)
 }
 
 var errMoved = errors.New("the workload has moved")

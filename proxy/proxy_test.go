@@ -236,33 +236,6 @@ func TestSelfCall(t *testing.T) {
 	})
 }
 
-// A proxy whose workload the store does not know refuses after five seconds,
-// and serves a connection that waited when the workload arrives in time (§2.4, ST-04).
-func TestWaitForLocalWorkload(t *testing.T) {
-	inMesh(t, func(t *testing.T, m *mesh) {
-		client := m.add("client", "10.0.1.2", withConfig(func(c *Config) { c.Local.Name = "late" }))
-		server := m.add("server", "10.0.2.2")
-		start := time.Now()
-		if err := client.request(server.echoAddr(), "x"); err == nil {
-			t.Error("a request for an unknown workload succeeded")
-		}
-		if d := time.Since(start); d != 5*time.Second {
-			t.Errorf("refused after %v, want 5s", d)
-		}
-		client.wantLog(map[string]string{"scope": "access", "message": "connection failed",
-			"error": "failed to fetch information about local workload: client.default (late)"})
-
-		c := client.mustDial(server.echoAddr())
-		synctest.Wait()
-		client.w.Name = "late"
-		m.push()
-		if err := roundTrip(c, "hello"); err != nil {
-			t.Errorf("the connection that waited: %v", err)
-		}
-		c.Close()
-	})
-}
-
 // A graceful drain: no new connections, the open one goes on, the end comes
 // within a second after its end (N-17, LC-07, LC-09 in memory).
 func TestDrain(t *testing.T) {

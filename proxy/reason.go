@@ -53,7 +53,7 @@ func reason(err error) (text, flag string) {
 	case errors.Is(err, errIdentityWithdrawn):
 		return err.Error(), flagIdentity
 	case errors.As(err, &open) && isRevoked(err):
-		text, _ = openReason(open.err)
+		text, _ = openReason(open)
 		return text, flagRevoked
 	case errors.As(err, &identity):
 		return identity.Error(), flagIdentity
@@ -62,7 +62,7 @@ func reason(err error) (text, flag string) {
 	case errors.As(err, &dial):
 		return dialReason(dial)
 	case errors.As(err, &open):
-		return openReason(open.err)
+		return openReason(open)
 	}
 	return err.Error(), flagConnect
 }
@@ -75,8 +75,18 @@ func dialReason(e *dialError) (text, flag string) {
 	return "io error: " + e.err.Error(), flagConnect
 }
 
-// openReason speaks of TLS, the HTTP/2 preface and the CONNECT answer.
-func openReason(err error) (text, flag string) {
+// openReason speaks of TLS, the HTTP/2 preface and the CONNECT answer, and says
+// if they were those of the inner tunnel of double HBONE: then the gateway is
+// well, and the failure is beyond it.
+func openReason(e *openError) (text, flag string) {
+	text, flag = answerReason(e.err)
+	if e.inner {
+		text = "inner tunnel: " + text
+	}
+	return text, flag
+}
+
+func answerReason(err error) (text, flag string) {
 	var (
 		status    *hbone.StatusError
 		handshake *hbone.HandshakeError

@@ -45,7 +45,7 @@ func newRegistry(t testing.TB) *registry {
 		CRLs: r.crls, TLS: ca.TLSOptions{Revoked: r.crls.Check}, Metrics: NewMetrics(reg, MetricsConfig{}), Store: state.New(state.Config{}),
 	}}
 	p.identity.cfg = &p.cfg
-	p.pool = hbone.NewPool(hbone.PoolConfig[poolKey]{})
+	p.pool, p.inner = hbone.NewPool(hbone.PoolConfig[poolKey]{}), hbone.NewPool(hbone.PoolConfig[innerKey]{})
 	running, _ := t.(*testing.T) // benchmarks read no metrics
 	r.node = &node{m: &mesh{t: running}, w: &state.Workload{Name: "registry"}, proxy: p, registry: reg}
 	return r

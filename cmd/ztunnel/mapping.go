@@ -153,6 +153,8 @@ func dataPathConfig(cfg *Config) proxy.Config {
 		PoolMaxAge: cfg.HBONE.PoolMaxAge, PoolConnsPerKey: cfg.HBONE.PoolConnections,
 		ResponseBaggage: cfg.Proxy.ResponseBaggage, PolicyInfoLogging: cfg.Authz.InfoLogging, WorkloadWait: cfg.Timeouts.WorkloadWait,
 		CertificateWait: cfg.CA.RequestTimeout,
+		NodeName:        cfg.Proxy.Node, ClusterID: cfg.Proxy.ClusterID, LocalhostAppTunnel: cfg.Proxy.LocalhostAppTunnel,
+		ResolveTimeout: cfg.Timeouts.TCPConnect,
 	}
 }
 

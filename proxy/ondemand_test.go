@@ -1,0 +1,230 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/ztunnel-go/ztunnel/state"
+)
+
+// asking is a proxy that can only look up.
+func asking(demand func(context.Context, string) error) *Proxy {
+	return &Proxy{cfg: Config{Demand: demand}, demands: make(chan struct{}, maxDemands)}
+}
+
+func missing(keys ...string) error { return fmt.Errorf("route: %w", &state.Miss{Keys: keys}) }
+
+// A decision is asked again after what it missed was demanded, with all keys that
+// were; four times at most.
+func TestLookUpRounds(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		misses int
+		want   string
+	}{
+		{"none", 0, ""},
+		{"one", 1, ""},
+		{"four", 4, ""},
+		{"five", 5, "route: not known yet: k4, after 4 look-ups"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var demanded []string
+			p := asking(func(_ context.Context, key string) error { demanded = append(demanded, key); return nil })
+			var first error
+			if tt.misses > 0 {
+				first = missing("k0")
+			}
+			rounds := 0
+			got, err := lookUp(t.Context(), p, first, func(asked []string) (string, error) {
+				rounds++
+				if !slices.Equal(asked, demanded) {
+					t.Errorf("asked %v, demanded %v", asked, demanded)
+				}
+				if rounds < tt.misses {
+					return "", missing(fmt.Sprintf("k%d", rounds))
+				}
+				return "there", nil
+			})
+			switch {
+			case tt.want == "" && (err != nil || got != "there" && tt.misses > 0):
+				t.Errorf("got %q, %v", got, err)
+			case tt.want != "" && (err == nil || err.Error() != tt.want):
+				t.Errorf("got %v, want %s", err, tt.want)
+			}
+			if want := min(tt.misses, 4); rounds != want {
+				t.Errorf("%d rounds, want %d", rounds, want)
+			}
+		})
+	}
+}
+
+// What cannot be looked up is an error, and no reason to go on without.
+func TestLookUpFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		refused := errors.New("stream lost")
+		forever := func(ctx context.Context, _ string) error { <-ctx.Done(); return ctx.Err() }
+		for _, tt := range []struct {
+			name   string
+			demand func(context.Context, string) error
+			want   string
+			after  time.Duration
+		}{
+			{"nobody to ask", nil, "route: not known yet: a, b, and this proxy has nobody to ask on demand", 0},
+			{"refused", func(ctx context.Context, key string) error {
+				if key == "b" {
+					return refused
+				}
+				return forever(ctx, key)
+			}, "look up b on demand: stream lost", 0},
+			{"no answer", forever, "look up a, b on demand: no answer within 5s: context deadline exceeded", 5 * time.Second},
+		} {
+			start := time.Now()
+			_, err := lookUp(t.Context(), asking(tt.demand), missing("a", "b"), func([]string) (int, error) {
+				t.Errorf("%s: asked again", tt.name)
+				return 0, nil
+			})
+			if err == nil || err.Error() != tt.want {
+				t.Errorf("%s: got %v, want %s", tt.name, err, tt.want)
+			}
+			if d := time.Since(start); d != tt.after {
+				t.Errorf("%s: after %v, want %v", tt.name, d, tt.after)
+			}
+		}
+	})
+}
+
+// Case 92: the keys are demanded in parallel, and all connections of a pod
+// together keep to a bound.
+func TestFault_092_DemandsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var (
+			mu        sync.Mutex
+			now, most int
+		)
+		p := asking(func(context.Context, string) error {
+			mu.Lock()
+			now++
+			most = max(most, now)
+			mu.Unlock()
+			time.Sleep(time.Second)
+			mu.Lock()
+			now--
+			mu.Unlock()
+			return nil
+		})
+		start := time.Now()
+		if err := p.demand(t.Context(), []string{"a", "b", "c"}); err != nil || time.Since(start) != time.Second {
+			t.Errorf("three keys: %v after %v, want 1s", err, time.Since(start))
+		}
+		var all sync.WaitGroup
+		for range 4 * maxDemands {
+			all.Go(func() { _ = p.demand(t.Context(), []string{"a", "b"}) })
+		}
+		all.Wait()
+		if most != maxDemands {
+			t.Errorf("%d at a time, want %d", most, maxDemands)
+		}
+	})
+}
+
+func TestPickAddr(t *testing.T) {
+	addrs := func(s ...string) (list []netip.Addr) {
+		for _, a := range s {
+			list = append(list, netip.MustParseAddr(a))
+		}
+		return list
+	}
+	for _, tt := range []struct {
+		name string
+		in   []netip.Addr
+		v4   bool
+		want []string // the ones that are drawn
+	}{
+		{"nothing", nil, true, nil},
+		{"the family of the caller", addrs("2001:db8::1", "10.0.0.1", "2001:db8::2", "10.0.0.2"), true, []string{"10.0.0.1", "10.0.0.2"}},
+		{"the family of the caller, v6", addrs("10.0.0.1", "2001:db8::1", "10.0.0.2"), false, []string{"2001:db8::1"}},
+		{"else the other", addrs("10.0.0.1", "10.0.0.2"), false, []string{"10.0.0.1", "10.0.0.2"}},
+		{"v4-mapped is v4", addrs("::ffff:10.0.0.1"), true, []string{"10.0.0.1"}},
+		{"nobody listens there", addrs("0.0.0.0", "::", "224.0.0.1", "fe80::1%eth0"), true, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			drawn := map[string]bool{}
+			for range 200 {
+				if ip, ok := pickAddr(tt.in, tt.v4); ok {
+					drawn[ip.String()] = true
+				}
+			}
+			for _, w := range tt.want {
+				if !drawn[w] {
+					t.Errorf("%s was never drawn", w)
+				}
+			}
+			if len(drawn) != len(tt.want) {
+				t.Errorf("drawn %v, want %v", drawn, tt.want)
+			}
+		})
+	}
+}
+
+// §4.10 of spec/state-xds-dns.md: the texts, the bound, and the counter, which
+// counts each use in one series.
+func TestResolve(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reg := prometheus.NewRegistry()
+		n := &node{m: &mesh{t: t}, w: &state.Workload{}, registry: reg}
+		source := &state.Workload{
+			Name: "client-1", WorkloadName: "client", Namespace: "default", CanonicalName: "client", CanonicalRevision: "v1", ClusterID: "c",
+			Identity: spiffeid.RequireFromString(clientID),
+		}
+		route := state.Route{
+			Protocol: state.TCP, NextHop: netip.AddrPortFrom(netip.Addr{}, 80), Workload: &state.Workload{UID: "vm1"}, Resolve: "vm.example",
+		}
+		hang := func(ctx context.Context, _ string) ([]netip.Addr, error) { <-ctx.Done(); return nil, ctx.Err() }
+		answer := func(s ...string) func(context.Context, string) ([]netip.Addr, error) {
+			var list []netip.Addr
+			for _, a := range s {
+				list = append(list, netip.MustParseAddr(a))
+			}
+			return func(context.Context, string) ([]netip.Addr, error) { return list, nil }
+		}
+		const none = "no ip addresses were resolved for workload: vm1"
+		p := &Proxy{log: slog.New(slog.DiscardHandler), cfg: Config{Metrics: NewMetrics(reg, MetricsConfig{})}}
+		for _, tt := range []struct {
+			name    string
+			resolve func(context.Context, string) ([]netip.Addr, error)
+			want    string
+			after   time.Duration
+		}{
+			{"answered", answer("127.0.0.4"), "127.0.0.4:80", 0},
+			{"no addresses", answer(), "ip addresses were resolved for workload vm1, but valid dns response had no A/AAAA records", 0},
+			{"no answer", hang, none, 10 * time.Second},
+			{"no resolver", nil, none, 0},
+		} {
+			p.cfg.Resolve = tt.resolve
+			start := time.Now()
+			r, err := p.resolve(t.Context(), source, netip.MustParseAddr("10.0.0.9"), route)
+			got := r.NextHop.String()
+			if err != nil {
+				got = err.Error()
+			}
+			if got != tt.want || time.Since(start) != tt.after {
+				t.Errorf("%s: %s after %v, want %s after %v", tt.name, got, time.Since(start), tt.want, tt.after)
+			}
+		}
+		n.wantMetric(3, "istio_on_demand_dns", map[string]string{
+			"source_workload": "client", "source_canonical_service": "client", "source_canonical_revision": "v1", "source_workload_namespace": "default",
+			"source_principal": clientID, "source_app": "client", "source_version": "v1", "source_cluster": "c", "hostname": "vm.example",
+		})
+	})
+}
