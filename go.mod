@@ -6,6 +6,7 @@ toolchain go1.26.11
 
 require (
 	github.com/andybalholm/brotli v1.2.8
+	github.com/gaissmai/bart v0.30.0
 	github.com/google/go-cmp v0.7.0
 	github.com/klauspost/compress v1.20.3
 	github.com/prometheus/client_golang v1.25.0

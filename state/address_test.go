@@ -15,32 +15,32 @@ var mappable = map[string]struct {
 }{
 	"workload IP": {
 		func(a netip.Addr) Update { return oneWorkload(Workload{IPs: []netip.Addr{addr("fd00::1"), a}}) },
-		func(s *Store) netip.Addr { return s.tables.workloads["w"].IPs[1] },
+		func(s *Store) netip.Addr { return s.now().workloads["w"].IPs[1] },
 	},
 	"workload waypoint": {
 		func(a netip.Addr) Update { return oneWorkload(Workload{Waypoint: gateway(a)}) },
-		func(s *Store) netip.Addr { return s.tables.workloads["w"].Waypoint.Address.Addr },
+		func(s *Store) netip.Addr { return s.now().workloads["w"].Waypoint.Address.Addr },
 	},
 	"network gateway": {
 		func(a netip.Addr) Update { return oneWorkload(Workload{NetworkGateway: gateway(a)}) },
-		func(s *Store) netip.Addr { return s.tables.workloads["w"].NetworkGateway.Address.Addr },
+		func(s *Store) netip.Addr { return s.now().workloads["w"].NetworkGateway.Address.Addr },
 	},
 	"VIP": {
 		func(a netip.Addr) Update {
 			return oneService(Service{VIPs: []NetworkAddress{{"", addr("fd00::1")}, {"", a}}})
 		},
-		func(s *Store) netip.Addr { return s.tables.services[exampleKey].VIPs[1].Addr },
+		func(s *Store) netip.Addr { return s.now().services[exampleKey].VIPs[1].Addr },
 	},
 	"service waypoint": {
 		func(a netip.Addr) Update { return oneService(Service{Waypoint: gateway(a)}) },
-		func(s *Store) netip.Addr { return s.tables.services[exampleKey].Waypoint.Address.Addr },
+		func(s *Store) netip.Addr { return s.now().services[exampleKey].Waypoint.Address.Addr },
 	},
 	"weighted waypoint": {
 		func(a netip.Addr) Update {
 			return oneService(Service{WeightedWaypoints: []WeightedWaypoint{{*gateway(a), 1}}})
 		},
 		func(s *Store) netip.Addr {
-			return s.tables.services[exampleKey].WeightedWaypoints[0].Destination.Address.Addr
+			return s.now().services[exampleKey].WeightedWaypoints[0].Destination.Address.Addr
 		},
 	},
 }
@@ -52,7 +52,7 @@ var ranges = map[string]struct {
 }{
 	"CIDR VIP": {
 		func(p netip.Prefix) Update { return oneService(Service{CIDRVIPs: []CIDRAddress{{"", p}}}) },
-		func(s *Store) netip.Prefix { return s.tables.services[exampleKey].CIDRVIPs[0].Prefix },
+		func(s *Store) netip.Prefix { return s.now().services[exampleKey].CIDRVIPs[0].Prefix },
 	},
 	"source": {
 		func(p netip.Prefix) Update { return onePolicy(Match{SourceIPs: []netip.Prefix{p}}) },
@@ -90,7 +90,7 @@ func onePolicy(m Match) Update {
 	return Update{Policies: []*Policy{{Name: "p", Namespace: "ns", Action: Deny, Rules: []Rule{{{m}}}}}}
 }
 
-func (s *Store) match() *Match { return &s.tables.policies["ns/p"].Rules[0][0][0] }
+func (s *Store) match() *Match { return &s.now().policies["ns/p"].Rules[0][0][0] }
 
 func TestMappedAddresses(t *testing.T) {
 	for name, field := range mappable {

@@ -274,7 +274,7 @@ func TestDP_R21_ChangeScope(t *testing.T) {
 	selector := p
 	selector.Scope = PolicySelector
 	apply(t, s, Update{Policies: []*Policy{&selector}})
-	if denied(destination("ns")) || !denied(destination("other", "ns/p")) || len(s.tables.sets) != 0 {
+	if denied(destination("ns")) || !denied(destination("other", "ns/p")) || len(s.now().sets) != 0 {
 		t.Error("scope WorkloadSelector")
 	}
 	global := p
@@ -284,7 +284,7 @@ func TestDP_R21_ChangeScope(t *testing.T) {
 		t.Error("scope Global")
 	}
 	apply(t, s, Update{RemovedPolicies: []string{"ns/p", "ns/unknown"}})
-	if denied(destination("ns")) || len(s.tables.sets)+len(s.tables.policies) != 0 {
+	if denied(destination("ns")) || len(s.now().sets)+len(s.now().policies) != 0 {
 		t.Error("removed")
 	}
 }

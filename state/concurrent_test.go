@@ -52,18 +52,18 @@ func randomUpdate(r *rand.Rand) Update {
 // known, list them and pass the health policy, or lost them for their health.
 func (s *Store) membership(t *testing.T) {
 	t.Helper()
-	for key, sv := range s.tables.services {
+	for key, sv := range s.now().services {
 		for _, ep := range sv.Endpoints {
-			w := s.tables.workloads[ep.WorkloadUID]
+			w := s.now().workloads[ep.WorkloadUID]
 			if w == nil || !sv.keeps(ep.Health) || w.Health != ep.Health {
 				t.Fatalf("%s has the endpoint %+v of %+v", key, ep, w)
 			}
 		}
 	}
-	for key, eps := range s.tables.staged {
-		for uid := range eps {
-			if s.tables.workloads[uid] == nil {
-				t.Fatalf("an endpoint of the unknown workload %s is staged for %s", uid, key)
+	for key, eps := range s.now().staged {
+		for _, ep := range eps {
+			if s.now().workloads[ep.WorkloadUID] == nil {
+				t.Fatalf("an endpoint of the unknown workload %s is staged for %s", ep.WorkloadUID, key)
 			}
 		}
 	}

@@ -172,8 +172,8 @@ func (s *Store) Dump() Dump {
 	staged := make(map[string]map[string]EndpointDump, len(t.staged))
 	for key, eps := range t.staged {
 		m := make(map[string]EndpointDump, len(eps))
-		for uid, ep := range eps {
-			m[uid] = dumpEndpoint(&ep)
+		for i := range eps {
+			m[eps[i].WorkloadUID] = dumpEndpoint(&eps[i])
 		}
 		staged[key.String()] = m
 	}

@@ -1,18 +1,27 @@
 package state
 
-import "net/netip"
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+)
 
 // Decisions read the tables through the methods of this file only; what is behind
 // them is no business of theirs.
 
 // read takes the tables for a reader, who gives them back with release and keeps
-// nothing of them but objects. A reader must not call read again before that.
+// nothing of them but objects. It never waits: a writer holds only a copy that is
+// not the active one.
 func (s *Store) read() *tables {
-	s.mu.RLock()
-	return s.tables
+	for {
+		if t := s.active.Load(); t.readers.TryRLock() {
+			return t
+		}
+	}
 }
 
-func (s *Store) release(*tables) { s.mu.RUnlock() }
+func (s *Store) release(t *tables) { t.readers.RUnlock() }
 
 // service returns the service of a key, whoever may see it.
 func (t *tables) service(key NamespacedHostname) *service { return t.services[key] }
@@ -22,17 +31,11 @@ func (t *tables) workloadByUID(uid string) *workload { return t.workloads[uid] }
 // workloadByHost returns the workload of a namespace that has that hostname; of
 // several the one with the least UID.
 func (t *tables) workloadByHost(ns, host string) *workload {
-	var found *workload
-	for _, w := range t.workloads {
-		if w.Hostname == host && w.Namespace == ns && (found == nil || w.UID < found.UID) {
-			found = w
-		}
-	}
-	return found
+	return t.named[NamespacedHostname{Namespace: ns, Hostname: host}]
 }
 
 // endpointWorkload returns the workload of an endpoint, nil if it is not known.
-func (t *tables) endpointWorkload(ep *Endpoint) *workload { return t.workloads[ep.WorkloadUID] }
+func (t *tables) endpointWorkload(ep *Endpoint) *workload { return ep.workload }
 
 // policy returns the policy of a key.
 func (t *tables) policy(key string) *policy { return t.policies[key] }
@@ -42,105 +45,142 @@ func (t *tables) policy(key string) *policy { return t.policies[key] }
 func (t *tables) policySet(ns string) *policySet { return t.sets[ns] }
 
 // localWorkload returns the workload on our node that ref names.
-func (t *tables) localWorkload(ref Ref) *workload { return best(t.local[ref]) }
+func (t *tables) localWorkload(ref Ref) *workload { return t.local[ref] }
 
 // workloadAt returns the workload of an address. Of several the one with the
 // highest rank wins, and the last that was inserted among equals.
 func (t *tables) workloadAt(network string, ip netip.Addr) *workload {
-	return best(t.addresses[NetworkAddress{network, ip}])
-}
-
-func best(list []*workload) *workload {
-	var found *workload
-	for _, w := range list {
-		if found == nil || w.rank >= found.rank {
-			found = w
-		}
+	if n := t.networks[network]; n != nil {
+		return n.workloads[ip]
 	}
-	return found
+	return nil
 }
 
 // serviceAt returns the service of a VIP for a client in namespace ns ("": any):
 // by exact VIP, and if that yields none that the client may see, by CIDR.
 func (t *tables) serviceAt(network string, ip netip.Addr, ns string) *service {
-	if svc := bestService(t.vips[NetworkAddress{network, ip}], ns); svc != nil {
-		return svc
-	}
-	var found *cidrEntry
-	entries := t.cidrs[network]
-	for i := range entries {
-		e := &entries[i]
-		if !e.prefix.Contains(ip) || !e.svc.visible(ns) {
-			continue
-		}
-		if found == nil || e.beats(found, ns) {
-			found = e
+	if n := t.networks[network]; n != nil {
+		if svc := bestService(n.vips[ip], ns); svc != nil {
+			return svc
 		}
 	}
-	if found == nil {
+	if len(t.cidrs) == 0 {
 		return nil
 	}
-	return found.svc
+	return t.serviceOfCIDR(network, ip, ns)
 }
 
-// beats compares by namespace, then prefix length, then canonical.
-func (e *cidrEntry) beats(o *cidrEntry, ns string) bool {
-	if a, b := ns != "" && e.svc.Namespace == ns, ns != "" && o.svc.Namespace == ns; a != b {
-		return a
+// serviceOfCIDR ranks by namespace, then prefix length, then canonical, then
+// insertion. All that a client may see are the ranges of its own namespace, which
+// come first, and the public ones; who stands in no namespace sees the private
+// ones as well.
+func (t *tables) serviceOfCIDR(network string, ip netip.Addr, ns string) *service {
+	if ns != "" {
+		if own := t.cidrs[cidrScope{network, ns, ownCIDRs}]; own != nil {
+			if svc, ok := own.Lookup(ip); ok {
+				return svc
+			}
+		}
 	}
-	if a, b := e.prefix.Bits(), o.prefix.Bits(); a != b {
-		return a > b
+	var public, private netip.Prefix
+	var svc, hidden *service
+	if all := t.cidrs[cidrScope{network, "", publicCIDRs}]; all != nil {
+		if ns != "" {
+			svc, _ = all.Lookup(ip)
+			return svc
+		}
+		public, svc, _ = all.LookupPrefixLPM(netip.PrefixFrom(ip, ip.BitLen()))
 	}
-	return e.svc.Canonical && !o.svc.Canonical
+	if ns != "" {
+		return nil
+	}
+	if all := t.cidrs[cidrScope{network, "", privateCIDRs}]; all != nil {
+		private, hidden, _ = all.LookupPrefixLPM(netip.PrefixFrom(ip, ip.BitLen()))
+	}
+	if svc == nil || hidden != nil && (private.Bits() > public.Bits() || private.Bits() == public.Bits() && hidden.beatsInRange(svc)) {
+		return hidden
+	}
+	return svc
 }
 
 // serviceByHost returns the service of a hostname for a client in namespace ns.
 func (t *tables) serviceByHost(host, ns string) *service { return bestService(t.hosts[host], ns) }
 
-// bestService picks from services that share a hostname or VIP: the client's
-// namespace first (there the canonical one, if one namespace has several), then
-// the canonical one that came last, then the first.
+// bestService picks from services that share a hostname or VIP: any that is not
+// stale, then the client's namespace (there the canonical one, if one namespace has
+// several), then the canonical one that came last, then the first.
 func bestService(list []*service, ns string) *service {
-	var first, canonical, near *service
+	var best *service
+	top := -1
 	for _, svc := range list {
 		if !svc.visible(ns) {
 			continue
 		}
-		if ns != "" && svc.Namespace == ns && (near == nil || svc.Canonical && !near.Canonical) {
-			near = svc
-		}
-		if first == nil {
-			first = svc
-		}
-		if svc.Canonical {
-			canonical = svc
+		rank := svc.rankFor(ns)
+		if rank > top || rank == top && rank&rankNear == 0 && rank&rankCanonical != 0 {
+			best, top = svc, rank
 		}
 	}
-	switch {
-	case near != nil:
-		return near
-	case canonical != nil:
-		return canonical
+	return best
+}
+
+// The ranks of services that share a hostname or VIP are sums of these.
+const (
+	rankCanonical = 1 << iota
+	rankNear
+	rankFresh
+)
+
+func (s *service) rankFor(ns string) int {
+	rank := 0
+	if !s.stale {
+		rank |= rankFresh
 	}
-	return first
+	if ns != "" && s.Namespace == ns {
+		rank |= rankNear
+	}
+	if s.Canonical {
+		rank |= rankCanonical
+	}
+	return rank
+}
+
+// beatsInRange tells whether s takes a range from holder, which came before.
+func (s *service) beatsInRange(holder *service) bool {
+	if s.stale != holder.stale {
+		return holder.stale
+	}
+	return s.Canonical && !holder.Canonical
 }
 
 // eachWorkloadAt calls yield for all workloads that claim an address, eachServiceAt
 // for all services that do, by exact VIP (prefix is the zero value) and by CIDR,
-// visible or not. They are for explanations, which tell also what was not chosen.
+// visible or not. They are for explanations, which tell also what was not chosen:
+// both look at everything that there is.
 func (t *tables) eachWorkloadAt(network string, ip netip.Addr, yield func(*workload)) {
-	for _, w := range t.addresses[NetworkAddress{network, ip}] {
+	var found []*workload
+	for _, w := range t.workloads {
+		if w.NetworkMode != HostNetwork && w.Network == network && w.owns(ip) {
+			found = append(found, w)
+		}
+	}
+	slices.SortFunc(found, func(a, b *workload) int { return strings.Compare(a.UID, b.UID) })
+	for _, w := range found {
 		yield(w)
 	}
 }
 
 func (t *tables) eachServiceAt(network string, ip netip.Addr, yield func(svc *service, prefix netip.Prefix)) {
-	for _, svc := range t.vips[NetworkAddress{network, ip}] {
+	for _, svc := range t.vip(NetworkAddress{network, ip}) {
 		yield(svc, netip.Prefix{})
 	}
-	for _, e := range t.cidrs[network] {
-		if e.prefix.Contains(ip) {
-			yield(e.svc, e.prefix)
+	for _, host := range slices.Sorted(maps.Keys(t.hosts)) {
+		for _, svc := range t.hosts[host] {
+			for _, c := range svc.CIDRVIPs {
+				if c.Network == network && c.Prefix.Contains(ip) {
+					yield(svc, c.Prefix)
+				}
+			}
 		}
 	}
 }

@@ -319,8 +319,8 @@ func TestDP_S07_LoadBalance(t *testing.T) {
 		apply(t, s, Update{Workloads: workloads, Services: []*Service{example(mode(tt.mode, prefs...))}})
 		var got []string
 		for i := range uint64(8) {
-			p := picker{t: s.tables, src: &tt.src, port: 80, draw: func(n uint64) uint64 { return i % n }}
-			if w, _ := p.pick(s.tables.services[exampleKey]); w != nil && !slices.Contains(got, w.UID) {
+			p := picker{t: s.now(), src: &tt.src, port: 80, draw: func(n uint64) uint64 { return i % n }}
+			if w, _ := p.pick(s.now().services[exampleKey]); w != nil && !slices.Contains(got, w.UID) {
 				got = append(got, w.UID)
 			}
 		}
@@ -420,8 +420,8 @@ func TestDP_S06_PortMappings(t *testing.T) {
 			Workloads: []WorkloadUpdate{inExample(Workload{UID: "w", IPs: ips("10.0.0.1"), ApplicationTunnel: tt.tunnel}, tt.endpoint...)},
 			Services:  []*Service{example(func(s *Service) { s.Ports = tt.service })},
 		})
-		p := picker{t: s.tables, src: &Workload{}, port: 80}
-		w, port := p.pick(s.tables.services[exampleKey])
+		p := picker{t: s.now(), src: &Workload{}, port: 80}
+		w, port := p.pick(s.now().services[exampleKey])
 		if port != tt.want || (w != nil) != (tt.want != 0) {
 			t.Errorf("%s: got port %d of %v, want %d", tt.name, port, w, tt.want)
 		}

@@ -20,6 +20,9 @@ type Endpoint struct {
 	WorkloadUID string
 	Ports       []Port // sorted by Service, no duplicates
 	Health      Health
+	// workload is that of WorkloadUID in the tables in which the service stands,
+	// nil if it is not known.
+	workload *workload
 }
 
 // CIDRAddress is a range of addresses in one network. Host bits may be set; they
@@ -177,18 +180,20 @@ func (s *Service) Key() NamespacedHostname {
 // service is a Service with what is derived from it once.
 type service struct {
 	Service
-	ref  ServiceRef
-	sans []spiffeid.ID // of SubjectAltNames, with aliases; those that are no SPIFFE ID are left out
+	ref     ServiceRef
+	sans    []spiffeid.ID // of SubjectAltNames, with aliases; those that are no SPIFFE ID are left out
+	stale   bool          // the control plane may have given it up (Update.Stale)
+	foreign []string      // UIDs of endpoints whose workloads do not list the service, or are not known
 }
 
-func (s *Store) newService(in *Service) (*service, error) {
+func (s *Store) newService(in *Service, pool *interner) (*service, error) {
 	if in == nil {
 		return nil, errors.New("no service")
 	}
 	if in.Hostname == "" {
 		return nil, errors.New("hostname is empty")
 	}
-	svc := &service{Service: *in, ref: ServiceRef{Hostname: in.Hostname, Name: in.Name, Namespace: in.Namespace}}
+	svc := &service{Service: *in}
 	if err := svc.unmap(); err != nil {
 		return nil, err
 	}
@@ -198,7 +203,10 @@ func (s *Store) newService(in *Service) (*service, error) {
 	if err := svc.LoadBalancer.check(); err != nil {
 		return nil, err
 	}
-	svc.Ports = SortPorts(svc.Ports)
+	svc.Namespace, svc.Hostname = pool.text(svc.Namespace), pool.text(svc.Hostname)
+	svc.ref = ServiceRef{Hostname: svc.Hostname, Name: svc.Name, Namespace: svc.Namespace}
+	svc.Ports = pool.portList(SortPorts(svc.Ports))
+	svc.Waypoint = pool.gateway(svc.Waypoint)
 	for _, san := range svc.SubjectAltNames {
 		if id, err := spiffeid.FromString(san); err == nil {
 			svc.sans = append(svc.sans, s.withAliases(id)...)
@@ -236,8 +244,16 @@ func (lb *LoadBalancer) check() error {
 }
 
 // SortPorts returns ports sorted by service port; of several entries for one
-// port the last is kept. The argument is not modified.
+// port the last is kept. The argument is not modified; it is returned if there is
+// nothing to change.
 func SortPorts(ports []Port) []Port {
+	inOrder := true
+	for i := 1; i < len(ports); i++ {
+		inOrder = inOrder && ports[i-1].Service < ports[i].Service
+	}
+	if inOrder {
+		return ports
+	}
 	sorted := slices.Clone(ports)
 	slices.SortStableFunc(sorted, func(a, b Port) int { return cmp.Compare(a.Service, b.Service) })
 	out := sorted[:0]

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 type lookupCase struct{ network, ip, ns, want string }
@@ -139,8 +140,8 @@ func TestST_SVC01_SharedVIP(t *testing.T) {
 	a, b := svc("a", "s", vips("10.0.0.1", "10.0.0.2")), svc("b", "s", vips("10.0.0.1", "10.0.0.3"))
 	apply(t, s, Update{Services: []*Service{a, b}})
 	s.consistent(t)
-	if got := len(s.tables.vips); got != 3 || len(s.tables.services) != 2 {
-		t.Errorf("%d VIPs of %d services, want 3 of 2", got, len(s.tables.services))
+	if got := s.now().countVIPs(); got != 3 || len(s.now().services) != 2 {
+		t.Errorf("%d VIPs of %d services, want 3 of 2", got, len(s.now().services))
 	}
 	for _, c := range []lookupCase{
 		{"", "10.0.0.1", "a", "a/s.a"}, {"", "10.0.0.1", "b", "b/s.b"}, {"", "10.0.0.2", "b", "a/s.a"}, {"", "10.0.0.3", "a", "b/s.b"},
@@ -155,8 +156,8 @@ func TestST_SVC01_SharedVIP(t *testing.T) {
 		t.Errorf("after the removal of one: %q", got)
 	}
 	apply(t, s, Update{Removed: []string{b.Key().String()}})
-	if len(s.tables.vips)+len(s.tables.hosts)+len(s.tables.services) != 0 {
-		t.Errorf("indexes are not empty: %v", s.tables.vips)
+	if s.now().countVIPs()+len(s.now().hosts)+len(s.now().services) != 0 {
+		t.Errorf("indexes are not empty: %v", s.now().networks)
 	}
 }
 
@@ -190,8 +191,8 @@ func TestST_SVC15_16_CIDRRemoval(t *testing.T) {
 		t.Errorf("after the removal of one: %q", got)
 	}
 	apply(t, s, Update{Removed: []string{b.Key().String()}})
-	if len(s.tables.cidrs) != 0 {
-		t.Errorf("CIDR index: %v", s.tables.cidrs)
+	if len(s.now().cidrs) != 0 {
+		t.Errorf("CIDR index: %v", s.now().cidrs)
 	}
 }
 
@@ -206,7 +207,7 @@ func TestST_SVC18_StagedAndFiltered(t *testing.T) {
 	sv := svc("a", "s", nil)
 	key := sv.Key()
 	apply(t, s, Update{Workloads: []WorkloadUpdate{pod("good", Healthy)(key), pod("bad", Unhealthy)(key)}})
-	if got := len(s.tables.staged[key]); got != 2 {
+	if got := len(s.now().staged[key]); got != 2 {
 		t.Errorf("%d staged, want 2", got)
 	}
 	apply(t, s, Update{Services: []*Service{sv}})
@@ -221,13 +222,13 @@ func TestST_SVC19_StagedRemovals(t *testing.T) {
 	key := host("a", "h")
 	apply(t, s, Update{Workloads: []WorkloadUpdate{pod("one", Healthy)(key), pod("two", Healthy)(key)}})
 	apply(t, s, Update{Removed: []string{"one"}})
-	if got := len(s.tables.staged[key]); got != 1 {
+	if got := len(s.now().staged[key]); got != 1 {
 		t.Errorf("%d staged, want 1", got)
 	}
 	apply(t, s, Update{Removed: []string{"two"}})
 	apply(t, s, Update{Removed: []string{"two", "three", "/invalid", "no slash", "x/y/z"}})
-	if len(s.tables.staged) != 0 {
-		t.Errorf("staged: %v", s.tables.staged)
+	if len(s.now().staged) != 0 {
+		t.Errorf("staged: %v", s.now().staged)
 	}
 }
 
@@ -239,7 +240,7 @@ func TestST_SVC20_21_EndpointReplaced(t *testing.T) {
 	apply(t, s, Update{Workloads: []WorkloadUpdate{pod("w", Healthy, Port{90, 9090})(key)}})
 	s.consistent(t)
 	want := []Endpoint{{WorkloadUID: "w", Ports: []Port{{90, 9090}}}}
-	if diff := cmp.Diff(want, s.tables.services[key].Endpoints); diff != "" {
+	if diff := cmp.Diff(want, s.now().services[key].Endpoints, cmpopts.IgnoreUnexported(Endpoint{})); diff != "" {
 		t.Errorf("after other ports (-want +got):\n%s", diff)
 	}
 	apply(t, s, Update{Workloads: []WorkloadUpdate{pod("w", Unhealthy)(key)}})
@@ -259,7 +260,7 @@ func TestST_SVC22_NoStaleObjects(t *testing.T) {
 	apply(t, s, Update{Services: []*Service{ranged, one, two}})
 	apply(t, s, Update{Workloads: []WorkloadUpdate{pod("w", Healthy)(ranged.Key())}})
 	s.consistent(t)
-	if got := s.tables.serviceAt("", addr("10.0.0.5"), ""); len(got.Endpoints) != 1 {
+	if got := s.now().serviceAt("", addr("10.0.0.5"), ""); len(got.Endpoints) != 1 {
 		t.Errorf("%d endpoints by CIDR, want 1", len(got.Endpoints))
 	}
 	if got := s.vip("", "10.1.0.1", "a"); got != two.Key().String() {
@@ -381,7 +382,7 @@ func TestReplace(t *testing.T) {
 	if err := s.Replace(Update{Workloads: bad.Workloads[:1]}); err != nil {
 		t.Fatal(err)
 	}
-	if _, ok := s.WorkloadByUID("old"); ok || len(s.tables.policies)+len(s.tables.services) != 0 {
+	if _, ok := s.WorkloadByUID("old"); ok || len(s.now().policies)+len(s.now().services) != 0 {
 		t.Error("something of before is left")
 	}
 	if _, ok := s.WorkloadByUID("new"); !ok || !isClosed(changed) || !isClosed(policies) {

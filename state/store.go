@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 )
 
 // ForeignTrustDomain says what a policy sees of an identity of another trust
@@ -57,17 +58,25 @@ type Config struct {
 }
 
 // Store holds workloads, services and policies. All methods are safe for
-// concurrent use and none blocks on anything but another method's short work.
+// concurrent use. Those that read wait for nothing; those that write wait for each
+// other and for readers that are about to end.
+//
+// There are two copies of the tables. Readers use the active one. A writer edits
+// the other one, makes it the active one in one step, waits until the last reader
+// has left the former one and repeats there what it has edited.
 type Store struct {
 	cfg          Config
 	trustDomains []string // DefaultTrustDomain and its aliases
 	notAllowed   *Denied
 	noAllow      []PolicyEvent
 
-	mu              sync.RWMutex // guards what follows
-	tables          *tables
-	changed         chan struct{}
-	policiesChanged chan struct{}
+	active          atomic.Pointer[tables]
+	changed         atomic.Pointer[chan struct{}]
+	policiesChanged atomic.Pointer[chan struct{}]
+
+	writing sync.Mutex // guards what follows
+	idle    *tables    // the copy that is not active; equal to it unless a writer is at work
+	edit    *editor
 }
 
 // New returns an empty store.
@@ -77,15 +86,18 @@ func New(cfg Config) *Store {
 	if cfg.HBONEPort == 0 {
 		cfg.HBONEPort = 15008
 	}
-	return &Store{
-		cfg:             cfg,
-		trustDomains:    append([]string{cfg.DefaultTrustDomain}, cfg.TrustDomainAliases...),
-		notAllowed:      &Denied{},
-		noAllow:         []PolicyEvent{{Message: eventNoAllow}},
-		tables:          newTables(),
-		changed:         make(chan struct{}),
-		policiesChanged: make(chan struct{}),
+	s := &Store{
+		cfg:          cfg,
+		trustDomains: append([]string{cfg.DefaultTrustDomain}, cfg.TrustDomainAliases...),
+		notAllowed:   &Denied{},
+		noAllow:      []PolicyEvent{{Message: eventNoAllow}},
+		idle:         newTables(),
+		edit:         newEditor(cfg.NodeName),
 	}
+	s.active.Store(newTables())
+	renew(&s.changed)
+	renew(&s.policiesChanged)
+	return s
 }
 
 // Update is the content of one response of a control plane. Its parts are
@@ -96,8 +108,8 @@ type Update struct {
 	Workloads []WorkloadUpdate
 	Services  []*Service
 	// Stale are names, as in Removed, of what the control plane may have given up
-	// (decision D15). A stale workload stays usable, but loses an address to any
-	// other that has it. It is as before when an update brings it again.
+	// (decision D15). What is stale stays usable, but loses an address or a hostname
+	// to any other that claims it. It is as before when an update brings it again.
 	Stale []string
 	// Removed are the names of workloads (a UID) and services (namespace/hostname).
 	Removed  []string
@@ -107,7 +119,7 @@ type Update struct {
 	// PolicySelector. A tombstone has no effect while a good policy of its key is
 	// known (decision D7).
 	Tombstones      []*Policy
-	RemovedPolicies []string // keys
+	RemovedPolicies []string // keys, namespace/name
 }
 
 // ResourceKind tells resources apart whose names are alike.
@@ -152,8 +164,7 @@ func (e *RejectedError) Unwrap() []error {
 	return errs
 }
 
-// prepared is an Update whose resources were checked and completed, which needs
-// no lock.
+// prepared is an Update whose resources were checked and completed.
 type prepared struct {
 	workloads []*workload
 	endpoints []map[NamespacedHostname][]Port // of workloads, by index
@@ -162,13 +173,13 @@ type prepared struct {
 	rejected  []Rejected
 }
 
-func (s *Store) prepare(u *Update) *prepared {
-	p := &prepared{}
+func (s *Store) prepare(u *Update, pool *interner) *prepared {
+	p := &prepared{workloads: make([]*workload, 0, len(u.Workloads))}
 	reject := func(kind ResourceKind, name string, err error) {
 		p.rejected = append(p.rejected, Rejected{kind, name, err})
 	}
 	for i := range u.Workloads {
-		w, err := s.newWorkload(&u.Workloads[i])
+		w, err := s.newWorkload(&u.Workloads[i], pool)
 		if err != nil {
 			name := ""
 			if u.Workloads[i].Workload != nil {
@@ -181,7 +192,7 @@ func (s *Store) prepare(u *Update) *prepared {
 		p.endpoints = append(p.endpoints, u.Workloads[i].Endpoints)
 	}
 	for _, in := range u.Services {
-		svc, err := s.newService(in)
+		svc, err := s.newService(in, pool)
 		if err != nil {
 			name := ""
 			if in != nil {
@@ -209,7 +220,7 @@ func (s *Store) prepare(u *Update) *prepared {
 	for _, in := range tombstones {
 		pol, err := newTombstone(in)
 		if err != nil && in != nil {
-			pol, err = newTombstone(&Policy{Name: in.Name, Namespace: in.Namespace, ResourceName: in.ResourceName, Scope: PolicySelector})
+			pol, err = newTombstone(&Policy{Name: in.Name, Namespace: in.Namespace, Scope: PolicySelector})
 		}
 		if err == nil {
 			p.policies = append(p.policies, pol)
@@ -222,39 +233,61 @@ func (s *Store) prepare(u *Update) *prepared {
 // that cannot be applied are left out and named in the *RejectedError that Apply
 // then returns; of those, the version that was known before stays.
 func (s *Store) Apply(u Update) error {
-	p := s.prepare(&u)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.insert(s.tables, p)
-	changed := len(p.workloads) > 0 || len(p.services) > 0
-	for _, name := range u.Removed {
-		changed = s.tables.remove(name) || changed
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	p := s.prepare(&u, s.edit.pool)
+	s.idle.readers.Lock() // waits for readers that took it when it was still active
+	s.edit.begin(s.idle)
+	s.edit.insert(p)
+	for _, name := range u.Stale {
+		s.edit.markStale(name)
 	}
-	s.tables.flush()
-	policies := s.tables.change(p.policies, u.RemovedPolicies)
-	s.tables.apply(policies)
-	s.notify(changed || policies.accepted, policies.accepted)
+	for _, name := range u.Removed {
+		s.edit.remove(name)
+	}
+	s.edit.flush()
+	s.edit.changePolicies(p.policies, u.RemovedPolicies)
+	s.idle.readers.Unlock()
+	if s.edit.touched.any() {
+		s.publish()
+	}
+	s.edit.touched = touched{}
 	return p.err()
 }
 
+// publish makes the edited copy the active one and brings the other up to date.
+// The caller holds writing.
+func (s *Store) publish() {
+	former := s.active.Swap(s.idle)
+	s.notify(s.edit.touched.policies.accepted)
+	former.readers.Lock()
+	s.edit.touched.repeat(s.idle, former)
+	former.readers.Unlock()
+	s.idle = former
+}
+
 // Check returns the error that Apply would return for u, and changes nothing.
-func (s *Store) Check(u Update) error { return s.prepare(&u).err() }
+func (s *Store) Check(u Update) error { return s.prepare(&u, newInterner()).err() }
 
 // Replace puts u in the place of all that the store knows; the fields that
 // remove have no meaning. If any resource is rejected nothing changes.
 func (s *Store) Replace(u Update) error {
-	p := s.prepare(&u)
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	edit := newEditor(s.cfg.NodeName)
+	p := s.prepare(&u, edit.pool)
 	if err := p.err(); err != nil {
 		return err
 	}
 	t := newTables()
-	s.insert(t, p)
-	t.flush()
-	t.apply(t.change(p.policies, nil))
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.tables = t
-	s.notify(true, true)
+	edit.begin(t)
+	edit.insert(p)
+	edit.flush()
+	edit.changePolicies(p.policies, nil)
+	edit.touched = touched{}
+	s.active.Store(t)
+	s.notify(true)
+	s.idle, s.edit = t.clone(), edit
 	return nil
 }
 
@@ -265,54 +298,30 @@ func (p *prepared) err() error {
 	return &RejectedError{Resources: p.rejected}
 }
 
-func (s *Store) insert(t *tables, p *prepared) {
-	for i, w := range p.workloads {
-		t.insertWorkload(w, s.cfg.NodeName, p.endpoints[i])
-	}
-	for _, svc := range p.services {
-		t.insertService(svc)
-	}
-}
-
-// remove dispatches on the form of a name: a UID, else namespace/hostname
-// (spec/state-xds-dns.md §3.5). It reports whether there was something to remove.
-func (t *tables) remove(name string) bool {
-	if t.removeWorkload(name) {
-		return true
-	}
-	ns, host, ok := strings.Cut(name, "/")
-	if !ok || strings.Contains(host, "/") {
-		return false
-	}
-	return t.removeService(NamespacedHostname{Namespace: ns, Hostname: host})
-}
-
-// notify wakes those who wait for a change. The caller holds mu.
-func (s *Store) notify(changed, policies bool) {
-	if changed {
-		close(s.changed)
-		s.changed = make(chan struct{})
-	}
+// notify wakes those who wait for a change.
+func (s *Store) notify(policies bool) {
+	close(*renew(&s.changed))
 	if policies {
-		close(s.policiesChanged)
-		s.policiesChanged = make(chan struct{})
+		close(*renew(&s.policiesChanged))
 	}
+}
+
+// renew puts a new channel in the place of the one that it returns.
+func renew(p *atomic.Pointer[chan struct{}]) *chan struct{} {
+	ch := make(chan struct{})
+	return p.Swap(&ch)
 }
 
 // Changed returns a channel that is closed at the next change of anything. Take
 // the channel, look, then wait for it: no change is lost then.
 func (s *Store) Changed() <-chan struct{} {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.changed
+	return *s.changed.Load()
 }
 
 // PoliciesChanged is Changed for policies: when its channel is closed, the
 // connections that were allowed must be judged again (spec/datapath.md §12.2).
 func (s *Store) PoliciesChanged() <-chan struct{} {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.policiesChanged
+	return *s.policiesChanged.Load()
 }
 
 // Local returns the workload on our node for which a proxy stands in.

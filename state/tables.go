@@ -3,277 +3,302 @@ package state
 import (
 	"maps"
 	"net/netip"
-	"slices"
-	"strings"
+	"sync"
+
+	"github.com/gaissmai/bart"
 )
 
-// tables are the indexes of a Store (spec/state-xds-dns.md §4.1). The objects in
-// them are immutable; slices of the workload and service indexes are edited in
-// place and must not leave the Store's lock.
+// tables is one of the two copies of the indexes of a Store
+// (spec/state-xds-dns.md §4.1). Everything that they lead to is shared by both
+// copies and immutable; a list of services may be appended to, which a reader of
+// the shorter list does not see. Where several objects claim a key, the one that
+// readers get is chosen when the tables are written, as far as it does not depend
+// on who asks.
 type tables struct {
-	workloads map[string]*workload           // by UID
-	addresses map[NetworkAddress][]*workload // in order of insertion; no host-network workloads
-	local     map[Ref][]*workload            // those on our node
+	readers sync.RWMutex // shared by readers, taken alone by the writer
+
+	workloads map[string]*workload             // by UID
+	local     map[Ref]*workload                // those on our node
+	named     map[NamespacedHostname]*workload // those with a hostname
+	networks  map[string]*network
 
 	services map[NamespacedHostname]*service
-	hosts    map[string][]*service         // by hostname, in order of insertion
-	vips     map[NetworkAddress][]*service // by exact VIP, in order of insertion
-	cidrs    map[string][]cidrEntry        // by network, in order of insertion
+	hosts    map[string][]*service // by hostname, in order of insertion
+	cidrs    map[cidrScope]*bart.Table[*service]
 
-	// staged are the endpoints of services that are not known yet, by UID.
-	staged map[NamespacedHostname]map[string]Endpoint
+	// staged are the endpoints of services that are not known yet, sorted by UID.
+	staged map[NamespacedHostname][]Endpoint
 
 	policyTable
-	pending map[NamespacedHostname]*pendingEndpoints // of the update in progress
 }
 
-type cidrEntry struct {
-	prefix netip.Prefix
-	svc    *service
+// network holds what is found by an address in one network.
+type network struct {
+	workloads map[netip.Addr]*workload // no host-network workloads
+	vips      map[netip.Addr][]*service
 }
 
-// pendingEndpoints collects what one update does to the endpoints of a service,
-// so that the service is replaced once.
-type pendingEndpoints struct {
-	remove map[string]struct{}
-	upsert map[string]Endpoint
+// cidrScope is a group of CIDR VIPs, of which the longest that contains an address
+// wins. A service stands in two: in that of its namespace, and in the public or the
+// private ones of all namespaces.
+type cidrScope struct {
+	network, namespace string // namespace is "" unless kind is ownCIDRs
+	kind               cidrKind
+}
+
+type cidrKind uint8
+
+const (
+	ownCIDRs cidrKind = iota // of one namespace
+	publicCIDRs
+	privateCIDRs
+)
+
+type cidrKey struct {
+	cidrScope
+	prefix netip.Prefix // masked
 }
 
 func newTables() *tables {
 	return &tables{
 		workloads:   map[string]*workload{},
-		addresses:   map[NetworkAddress][]*workload{},
-		local:       map[Ref][]*workload{},
+		local:       map[Ref]*workload{},
+		named:       map[NamespacedHostname]*workload{},
+		networks:    map[string]*network{},
 		services:    map[NamespacedHostname]*service{},
 		hosts:       map[string][]*service{},
-		vips:        map[NetworkAddress][]*service{},
-		cidrs:       map[string][]cidrEntry{},
-		staged:      map[NamespacedHostname]map[string]Endpoint{},
+		cidrs:       map[cidrScope]*bart.Table[*service]{},
+		staged:      map[NamespacedHostname][]Endpoint{},
 		policyTable: newPolicyTable(),
-		pending:     map[NamespacedHostname]*pendingEndpoints{},
 	}
 }
 
-// insertWorkload adds w, or puts it in the place of the workload of its UID.
-func (t *tables) insertWorkload(w *workload, node string, endpoints map[NamespacedHostname][]Port) {
-	t.removeWorkload(w.UID)
-	t.workloads[w.UID] = w
-	if w.NetworkMode != HostNetwork {
-		for _, ip := range w.IPs {
-			add(t.addresses, NetworkAddress{w.Network, ip}, w)
-		}
+// clone returns another copy.
+func (t *tables) clone() *tables {
+	c := &tables{
+		workloads:   maps.Clone(t.workloads),
+		local:       maps.Clone(t.local),
+		named:       maps.Clone(t.named),
+		networks:    make(map[string]*network, len(t.networks)),
+		services:    maps.Clone(t.services),
+		hosts:       maps.Clone(t.hosts),
+		cidrs:       make(map[cidrScope]*bart.Table[*service], len(t.cidrs)),
+		staged:      maps.Clone(t.staged),
+		policyTable: policyTable{maps.Clone(t.policies), maps.Clone(t.sets)},
 	}
-	if node == "" || w.Node == node {
-		add(t.local, w.localRef(), w)
+	for name, n := range t.networks {
+		c.networks[name] = &network{maps.Clone(n.workloads), maps.Clone(n.vips)}
 	}
-	for _, key := range w.Services {
-		t.pend(key).upsert[w.UID] = Endpoint{WorkloadUID: w.UID, Ports: SortPorts(endpoints[key]), Health: w.Health}
+	for scope, cidrs := range t.cidrs {
+		c.cidrs[scope] = cidrs.Clone()
+	}
+	return c
+}
+
+// network returns the part of a network, which it makes if need be.
+func (t *tables) network(name string) *network {
+	n := t.networks[name]
+	if n == nil {
+		n = &network{workloads: map[netip.Addr]*workload{}, vips: map[netip.Addr][]*service{}}
+		t.networks[name] = n
+	}
+	return n
+}
+
+// setWorkloadAt puts w, or nothing, at an address.
+func (t *tables) setWorkloadAt(a NetworkAddress, w *workload) {
+	n := t.network(a.Network)
+	if set(n.workloads, a.Addr, w, w != nil); len(n.workloads)+len(n.vips) == 0 {
+		delete(t.networks, a.Network)
 	}
 }
 
-// removeWorkload reports whether the workload was known. A removal cancels what
-// the same update has said of the workload's endpoints before.
-func (t *tables) removeWorkload(uid string) bool {
-	w, ok := t.workloads[uid]
-	if !ok {
-		return false
-	}
-	delete(t.workloads, uid)
-	for _, ip := range w.IPs {
-		drop(t.addresses, NetworkAddress{w.Network, ip}, w)
-	}
-	drop(t.local, w.localRef(), w)
-	for _, key := range w.Services {
-		p := t.pend(key)
-		delete(p.upsert, uid)
-		p.remove[uid] = struct{}{}
-	}
-	return true
-}
-
-func (w *workload) localRef() Ref {
-	return Ref{Namespace: w.Namespace, Name: w.Name, ServiceAccount: w.ServiceAccount}
-}
-
-func (t *tables) pend(key NamespacedHostname) *pendingEndpoints {
-	p := t.pending[key]
-	if p == nil {
-		p = &pendingEndpoints{remove: map[string]struct{}{}, upsert: map[string]Endpoint{}}
-		t.pending[key] = p
-	}
-	return p
-}
-
-// flush carries out the endpoint changes of an update.
-func (t *tables) flush() {
-	for key, p := range t.pending {
-		if svc, ok := t.services[key]; ok {
-			t.updateEndpoints(svc, p)
-		} else {
-			t.stage(key, p)
-		}
-	}
-	clear(t.pending)
-}
-
-func (t *tables) stage(key NamespacedHostname, p *pendingEndpoints) {
-	eps := t.staged[key]
-	for uid := range p.remove {
-		delete(eps, uid)
-	}
-	if eps == nil && len(p.upsert) > 0 {
-		eps = make(map[string]Endpoint, len(p.upsert))
-		t.staged[key] = eps
-	}
-	maps.Copy(eps, p.upsert)
-	if len(eps) == 0 {
-		delete(t.staged, key)
+// setVIP puts list, or nothing, at an address.
+func (t *tables) setVIP(a NetworkAddress, list []*service) {
+	n := t.network(a.Network)
+	if set(n.vips, a.Addr, list, len(list) > 0); len(n.workloads)+len(n.vips) == 0 {
+		delete(t.networks, a.Network)
 	}
 }
 
-// updateEndpoints removes first, then adds what the health policy lets pass.
-func (t *tables) updateEndpoints(svc *service, p *pendingEndpoints) {
-	changed := false
-	merged := make([]Endpoint, 0, len(svc.Endpoints)+len(p.upsert))
-	for _, ep := range svc.Endpoints {
-		_, removed := p.remove[ep.WorkloadUID]
-		_, replaced := p.upsert[ep.WorkloadUID]
-		if removed || replaced {
-			changed = true
-			continue
-		}
-		merged = append(merged, ep)
+// vip returns the services of an exact VIP.
+func (t *tables) vip(a NetworkAddress) []*service {
+	if n := t.networks[a.Network]; n != nil {
+		return n.vips[a.Addr]
 	}
-	for _, ep := range p.upsert {
-		if svc.keeps(ep.Health) {
-			merged = append(merged, ep)
-			changed = true
-		}
-	}
-	if !changed {
-		return
-	}
-	next := *svc
-	next.Endpoints = sortEndpoints(merged)
-	t.replaceService(svc, &next)
+	return nil
 }
 
-// insertService adds svc with the endpoints that are known of it: its own, those
-// of its predecessor and the staged ones, as far as its health policy keeps them.
-func (t *tables) insertService(svc *service) {
-	key := svc.Key()
-	eps := map[string]Endpoint{}
-	keep := func(ep Endpoint) {
-		if svc.keeps(ep.Health) {
-			eps[ep.WorkloadUID] = ep
-		}
+func (t *tables) cidr(k cidrKey) *service {
+	if cidrs := t.cidrs[k.cidrScope]; cidrs != nil {
+		svc, _ := cidrs.Get(k.prefix)
+		return svc
 	}
-	old := t.services[key]
-	if old != nil {
-		for _, ep := range old.Endpoints {
-			keep(ep)
-		}
-	}
-	for _, ep := range svc.Endpoints {
-		ep.Ports = SortPorts(ep.Ports)
-		keep(ep)
-	}
-	for _, ep := range t.staged[key] {
-		keep(ep)
-	}
-	delete(t.staged, key)
-	svc.Endpoints = sortEndpoints(slices.Collect(maps.Values(eps)))
-	if old != nil {
-		t.unindexService(old)
-	}
-	t.services[key] = svc
-	add(t.hosts, svc.Hostname, svc)
-	for _, vip := range svc.VIPs {
-		if !slices.Contains(t.vips[vip], svc) {
-			add(t.vips, vip, svc)
-		}
-	}
-	for _, c := range svc.CIDRVIPs {
-		add(t.cidrs, c.Network, cidrEntry{c.Prefix, svc})
-	}
+	return nil
 }
 
-// replaceService puts next in every place of old, which differs in its
-// endpoints only; the order of the indexes is kept.
-func (t *tables) replaceService(old, next *service) {
-	t.services[next.Key()] = next
-	swap(t.hosts[next.Hostname], old, next)
-	for _, vip := range next.VIPs {
-		swap(t.vips[vip], old, next)
-	}
-	for _, c := range next.CIDRVIPs {
-		entries := t.cidrs[c.Network]
-		for i := range entries {
-			if entries[i].svc == old {
-				entries[i].svc = next
-			}
+// setCIDR puts svc, or nothing, in the place of a range.
+func (t *tables) setCIDR(k cidrKey, svc *service) {
+	cidrs := t.cidrs[k.cidrScope]
+	switch {
+	case svc != nil && cidrs == nil:
+		cidrs = &bart.Table[*service]{}
+		t.cidrs[k.cidrScope] = cidrs
+		fallthrough
+	case svc != nil:
+		cidrs.Insert(k.prefix, svc)
+	case cidrs != nil:
+		if cidrs.Delete(k.prefix); cidrs.Size() == 0 {
+			delete(t.cidrs, k.cidrScope)
 		}
 	}
 }
 
-// removeService drops a service with its endpoints, known and staged.
-func (t *tables) removeService(key NamespacedHostname) bool {
-	delete(t.staged, key)
-	svc, ok := t.services[key]
+// set stores v, or deletes the key.
+func set[K comparable, V any](m map[K]V, k K, v V, ok bool) {
 	if ok {
-		t.unindexService(svc)
-	}
-	return ok
-}
-
-func (t *tables) unindexService(svc *service) {
-	delete(t.services, svc.Key())
-	drop(t.hosts, svc.Hostname, svc)
-	for _, vip := range svc.VIPs {
-		drop(t.vips, vip, svc)
-	}
-	for _, c := range svc.CIDRVIPs {
-		drop(t.cidrs, c.Network, cidrEntry{c.Prefix, svc})
+		m[k] = v
+	} else {
+		delete(m, k)
 	}
 }
 
-func add[K, V comparable](m map[K][]V, key K, v V) { m[key] = append(m[key], v) }
-
-// drop removes every v of a list, and the list when it becomes empty.
-func drop[K, V comparable](m map[K][]V, key K, v V) {
-	list, ok := m[key]
-	if !ok {
-		return
-	}
-	list = slices.DeleteFunc(list, func(o V) bool { return o == v })
-	if len(list) == 0 {
-		delete(m, key)
-		return
-	}
-	m[key] = list
+// touched are the keys that an update has edited in one copy of the tables.
+type touched struct {
+	workloads []string
+	local     []Ref
+	named     []NamespacedHostname
+	addresses []NetworkAddress
+	services  []NamespacedHostname
+	hosts     []string
+	vips      []NetworkAddress
+	cidrs     []cidrKey
+	staged    []NamespacedHostname
+	policies  *policyChange
 }
 
-func swap(list []*service, old, next *service) {
+// any tells whether anything was edited.
+func (k *touched) any() bool {
+	return len(k.workloads)+len(k.local)+len(k.named)+len(k.addresses)+len(k.services)+len(k.hosts)+
+		len(k.vips)+len(k.cidrs)+len(k.staged) > 0 || k.policies.accepted
+}
+
+// repeat carries over what stands under the keys to the other copy.
+func (k *touched) repeat(from, to *tables) {
+	carry(k.workloads, from.workloads, to.workloads)
+	carry(k.local, from.local, to.local)
+	carry(k.named, from.named, to.named)
+	for _, a := range k.addresses {
+		to.setWorkloadAt(a, from.workloadAt(a.Network, a.Addr))
+	}
+	carry(k.services, from.services, to.services)
+	carry(k.hosts, from.hosts, to.hosts)
+	for _, a := range k.vips {
+		to.setVIP(a, from.vip(a))
+	}
+	for _, c := range k.cidrs {
+		to.setCIDR(c, from.cidr(c))
+	}
+	carry(k.staged, from.staged, to.staged)
+	to.apply(k.policies)
+}
+
+func carry[K comparable, V any](keys []K, from, to map[K]V) {
+	for _, k := range keys {
+		v, ok := from[k]
+		set(to, k, v, ok)
+	}
+}
+
+// claims are the keys that several objects claim, each with all that do in order
+// of insertion. Who holds a key that nobody else claims stands in the tables only.
+type claims[K, V comparable] struct {
+	many map[K][]V
+	// beats tells whether v takes the key from holder, which was inserted before.
+	beats func(v, holder V) bool
+}
+
+func newClaims[K, V comparable](beats func(v, holder V) bool) claims[K, V] {
+	return claims[K, V]{many: map[K][]V{}, beats: beats}
+}
+
+// add returns who holds k after v, which was not among them, claims it. The zero
+// value is nobody.
+func (c *claims[K, V]) add(k K, holder, v V) V {
+	var nobody V
+	if holder == nobody || holder == v {
+		return v
+	}
+	list := c.many[k]
+	if list == nil {
+		list = []V{holder}
+	}
+	if list[len(list)-1] != v {
+		list = append(list, v)
+	}
+	c.many[k] = list
+	if c.beats(v, holder) {
+		return v
+	}
+	return holder
+}
+
+// drop returns who holds k after v has gone.
+func (c *claims[K, V]) drop(k K, holder, v V) V {
+	list := c.many[k]
+	if list == nil {
+		var nobody V
+		if holder == v {
+			return nobody
+		}
+		return holder
+	}
+	kept := list[:0]
+	for _, o := range list {
+		if o != v {
+			kept = append(kept, o)
+		}
+	}
+	clear(list[len(kept):])
+	c.many[k] = kept
+	if len(kept) == 1 {
+		delete(c.many, k)
+		return kept[0]
+	}
+	if holder == v {
+		return c.best(kept)
+	}
+	return holder
+}
+
+// judge returns who holds k, after something has changed of the claimants.
+func (c *claims[K, V]) judge(k K, holder V) V {
+	if list := c.many[k]; list != nil {
+		return c.best(list)
+	}
+	return holder
+}
+
+// swap puts next in the place of old, and returns who holds k then.
+func (c *claims[K, V]) swap(k K, holder, old, next V) V {
+	list := c.many[k]
 	for i := range list {
 		if list[i] == old {
 			list[i] = next
 		}
 	}
-}
-
-func sortEndpoints(eps []Endpoint) []Endpoint {
-	slices.SortFunc(eps, func(a, b Endpoint) int { return strings.Compare(a.WorkloadUID, b.WorkloadUID) })
-	return eps
-}
-
-func sortedKeys[V any](m map[NamespacedHostname]V) []NamespacedHostname {
-	if len(m) == 0 {
-		return nil
+	if list == nil && holder == old {
+		return next
 	}
-	return slices.SortedFunc(maps.Keys(m), func(a, b NamespacedHostname) int {
-		if c := strings.Compare(a.Namespace, b.Namespace); c != 0 {
-			return c
+	return c.judge(k, holder)
+}
+
+func (c *claims[K, V]) best(list []V) V {
+	holder := list[0]
+	for _, v := range list[1:] {
+		if c.beats(v, holder) {
+			holder = v
 		}
-		return strings.Compare(a.Hostname, b.Hostname)
-	})
+	}
+	return holder
 }

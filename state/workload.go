@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -86,7 +87,7 @@ const (
 
 // newWorkload completes and checks the workload of u. It copies the struct, not
 // what it points to.
-func (s *Store) newWorkload(u *WorkloadUpdate) (*workload, error) {
+func (s *Store) newWorkload(u *WorkloadUpdate, pool *interner) (*workload, error) {
 	if u.Workload == nil {
 		return nil, errors.New("no workload")
 	}
@@ -109,13 +110,12 @@ func (s *Store) newWorkload(u *WorkloadUpdate) (*workload, error) {
 	w.TrustDomain = or(w.TrustDomain, s.cfg.DefaultTrustDomain)
 	w.ServiceAccount = or(w.ServiceAccount, "default")
 	w.ClusterID = or(w.ClusterID, s.cfg.ClusterID)
-	id, err := identity(w.TrustDomain, w.Namespace, w.ServiceAccount)
-	if err != nil {
+	pool.workload(&w.Workload)
+	var err error
+	if w.Identity, w.ids, err = s.identities(&w.Workload, pool); err != nil {
 		return nil, err
 	}
-	w.Identity = id
-	w.ids = s.withAliases(id)
-	w.Services = sortedKeys(u.Endpoints)
+	w.Services = pool.services(u.Endpoints)
 	if strings.Contains(w.UID, "//Pod/") {
 		w.rank += rankPod
 	}
@@ -123,6 +123,21 @@ func (s *Store) newWorkload(u *WorkloadUpdate) (*workload, error) {
 		w.rank += rankHBONE
 	}
 	return w, nil
+}
+
+// identities returns the identity of w, and what w may present.
+func (s *Store) identities(w *Workload, pool *interner) (spiffeid.ID, []spiffeid.ID, error) {
+	key := account{w.TrustDomain, w.Namespace, w.ServiceAccount}
+	if ids, ok := pool.ids.get(key); ok {
+		return ids[0], ids, nil
+	}
+	id, err := identity(w.TrustDomain, w.Namespace, w.ServiceAccount)
+	if err != nil {
+		return spiffeid.ID{}, nil, err
+	}
+	ids := slices.Clip(s.withAliases(id))
+	pool.ids.put(key, ids)
+	return id, ids, nil
 }
 
 // identity joins the parts of an identity by the rules of SPIFFE-ID.md §2; in
@@ -174,6 +189,17 @@ func (w *workload) unmap() error {
 	w.NetworkGateway, gatewayErr = unmapGateway("network gateway", w.NetworkGateway)
 	return errors.Join(ipErr, waypointErr, gatewayErr)
 }
+
+func (w *workload) localRef() Ref {
+	return Ref{Namespace: w.Namespace, Name: w.Name, ServiceAccount: w.ServiceAccount}
+}
+
+func (w *workload) hostKey() NamespacedHostname {
+	return NamespacedHostname{Namespace: w.Namespace, Hostname: w.Hostname}
+}
+
+// lists tells whether w says that it is a member of a service.
+func (w *workload) lists(key NamespacedHostname) bool { return slices.Contains(w.Services, key) }
 
 func or(s, otherwise string) string {
 	if s == "" {

@@ -35,8 +35,8 @@ func TestST_WL03_WorkloadInformation(t *testing.T) {
 		t.Error("found as a local workload of another service account")
 	}
 	apply(t, s, Update{Removed: []string{"/invalid", "unknown"}})
-	if len(s.tables.staged) != 1 {
-		t.Errorf("%d services staged, want 1", len(s.tables.staged))
+	if len(s.now().staged) != 1 {
+		t.Errorf("%d services staged, want 1", len(s.now().staged))
 	}
 
 	one := Service{Namespace: "ns", Hostname: "svc.example", VIPs: []NetworkAddress{{"", addr("10.0.0.1")}}, Ports: []Port{{80, 8080}}}
@@ -45,8 +45,8 @@ func TestST_WL03_WorkloadInformation(t *testing.T) {
 	for i, version := range []Service{one, two, one} {
 		apply(t, s, Update{Services: []*Service{&version}})
 		s.consistent(t)
-		if len(s.tables.staged) != 0 || len(s.tables.vips) != len(version.VIPs) || len(s.tables.services) != 1 {
-			t.Errorf("version %d: %d staged, %d VIPs", i, len(s.tables.staged), len(s.tables.vips))
+		if len(s.now().staged) != 0 || s.now().countVIPs() != len(version.VIPs) || len(s.now().services) != 1 {
+			t.Errorf("version %d: %d staged, %d VIPs", i, len(s.now().staged), s.now().countVIPs())
 		}
 		if diff := cmp.Diff([]string{"uid1"}, s.endpointUIDs(key)); diff != "" {
 			t.Errorf("version %d: endpoints (-want +got):\n%s", i, diff)
@@ -59,8 +59,8 @@ func TestST_WL03_WorkloadInformation(t *testing.T) {
 		s.consistent(t)
 		got := map[string]bool{}
 		for range 1000 {
-			p := picker{t: s.tables, src: w, port: 80}
-			if w, _ := p.pick(s.tables.services[key]); w != nil {
+			p := picker{t: s.now(), src: w, port: 80}
+			if w, _ := p.pick(s.now().services[key]); w != nil {
 				got[w.UID] = true
 			}
 		}
@@ -82,8 +82,8 @@ func TestST_WL03_WorkloadInformation(t *testing.T) {
 	picks("uid1")
 
 	apply(t, s, Update{Removed: []string{"ns/svc.example", "uid1", "uid2"}})
-	tb := s.tables
-	if n := len(tb.workloads) + len(tb.addresses) + len(tb.local) + len(tb.services) + len(tb.hosts) + len(tb.vips) + len(tb.staged); n != 0 {
+	tb := s.now()
+	if n := len(tb.workloads) + tb.countAddresses() + len(tb.local) + len(tb.services) + len(tb.hosts) + tb.countVIPs() + len(tb.staged); n != 0 {
 		t.Errorf("%d index entries are left", n)
 	}
 }
@@ -94,15 +94,15 @@ func TestST_WL04_OverlappingAddress(t *testing.T) {
 	entry := member(Workload{UID: "c/networking.istio.io/WorkloadEntry/ns/p", IPs: []netip.Addr{addr("10.0.0.1")}}, nil)
 	apply(t, s, Update{Workloads: []WorkloadUpdate{p, entry, p}})
 	s.consistent(t)
-	if len(s.tables.addresses) != 1 || len(s.tables.workloads) != 2 || s.uidAt("", "10.0.0.1") != p.Workload.UID {
-		t.Errorf("%d addresses, %d workloads, at the address: %s", len(s.tables.addresses), len(s.tables.workloads), s.uidAt("", "10.0.0.1"))
+	if s.now().countAddresses() != 1 || len(s.now().workloads) != 2 || s.uidAt("", "10.0.0.1") != p.Workload.UID {
+		t.Errorf("%d addresses, %d workloads, at the address: %s", s.now().countAddresses(), len(s.now().workloads), s.uidAt("", "10.0.0.1"))
 	}
 	apply(t, s, Update{Removed: []string{p.Workload.UID}})
 	if got := s.uidAt("", "10.0.0.1"); got != entry.Workload.UID {
 		t.Errorf("after the removal of the pod: %s", got)
 	}
 	apply(t, s, Update{Removed: []string{entry.Workload.UID}})
-	if len(s.tables.addresses) != 0 {
+	if s.now().countAddresses() != 0 {
 		t.Error("the address is left")
 	}
 }
@@ -190,7 +190,7 @@ func TestST_WL07_StagedCleanup(t *testing.T) {
 		{Update{Removed: []string{"w"}}, 0},
 	} {
 		apply(t, s, step.u)
-		if got := len(s.tables.staged); got != step.want {
+		if got := len(s.now().staged); got != step.want {
 			t.Errorf("step %d: %d staged, want %d", i, got, step.want)
 		}
 	}
@@ -203,13 +203,13 @@ func TestST_ST05_LookupAddress(t *testing.T) {
 		Workloads: []WorkloadUpdate{member(Workload{UID: "w", Namespace: "default", Hostname: "by-name", IPs: []netip.Addr{addr("127.0.0.1")}}, nil)},
 		Services:  []*Service{sv},
 	})
-	if w, sv := s.tables.at("", addr("127.0.0.1"), ""); w == nil || sv != nil {
+	if w, sv := s.now().at("", addr("127.0.0.1"), ""); w == nil || sv != nil {
 		t.Error("127.0.0.1 is no workload")
 	}
-	if w, sv := s.tables.at("", addr("10.0.0.1"), ""); w != nil || sv == nil {
+	if w, sv := s.now().at("", addr("10.0.0.1"), ""); w != nil || sv == nil {
 		t.Error("10.0.0.1 is no service")
 	}
-	if w, sv := s.tables.at("", addr("127.0.0.2"), ""); w != nil || sv != nil {
+	if w, sv := s.now().at("", addr("127.0.0.2"), ""); w != nil || sv != nil {
 		t.Error("127.0.0.2 is something")
 	}
 }
