@@ -98,22 +98,32 @@ func unmapAll[T comparable](what string, list []T, unmap func(T) (T, error)) ([]
 	return out, nil
 }
 
-// unmapRules returns a copy of rules.
+// unmapRules returns a copy of rules, the parts of which lie in few pieces of
+// memory because there may be very many of them.
 func unmapRules(rules []Rule) ([]Rule, error) {
-	rules = slices.Clone(rules)
-	for r := range rules {
-		rules[r] = slices.Clone(rules[r])
-		for c := range rules[r] {
-			clause := slices.Clone(rules[r][c])
-			for m := range clause {
-				if err := clause[m].unmap(); err != nil {
+	clauses, matches := 0, 0
+	for _, rule := range rules {
+		clauses += len(rule)
+		for _, clause := range rule {
+			matches += len(clause)
+		}
+	}
+	out := make([]Rule, len(rules))
+	allClauses, allMatches := make([]Clause, clauses), make([]Match, matches)
+	for r, rule := range rules {
+		out[r], allClauses = allClauses[:len(rule):len(rule)], allClauses[len(rule):]
+		for c, clause := range rule {
+			copied := allMatches[:copy(allMatches, clause):len(clause)]
+			allMatches = allMatches[len(clause):]
+			for m := range copied {
+				if err := copied[m].unmap(); err != nil {
 					return nil, err
 				}
 			}
-			rules[r][c] = clause
+			out[r][c] = copied
 		}
 	}
-	return rules, nil
+	return out, nil
 }
 
 func (m *Match) unmap() error {

@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // Error is the text of the access log (spec/datapath.md §10.6).
@@ -14,13 +16,14 @@ func (d *Denied) Error() string {
 	return "connection closed due to policy rejection: explicitly denied by: " + d.Policy
 }
 
-// Lines of the policy log that speak of no single policy.
-const (
-	eventNoAllow        = "no allow policies, allow"
-	eventNoMatch        = "no allow policies matched"
-	eventNoMatchDryRun  = "dry-run: no allow policies match"
-	eventMissingRefused = "policy is missing, deny"
+// Lines of the policy log that speak of no single policy. Verdicts share them.
+var (
+	eventsNoAllow       = []PolicyEvent{{Message: "no allow policies, allow"}}
+	eventsNoMatch       = []PolicyEvent{{Message: "no allow policies matched"}}
+	eventsNoMatchDryRun = []PolicyEvent{{Message: "dry-run: no allow policies match"}}
 )
+
+const eventMissingRefused = "policy is missing, deny"
 
 // Authorize judges an inbound connection by the policies of its destination
 // (spec/datapath.md §11). It denies a connection without destination workload.
@@ -35,9 +38,9 @@ func (s *Store) authorize(c *Conn, e *AuthorizeExplanation) (v Verdict) {
 	set := s.applicable(c.Destination, buf[:0], &v)
 	e.applies(&set)
 	if len(v.Missing) > 0 && s.cfg.AuthzMissingPolicy == DenyMissing {
-		v.event(PolicyEvent{Message: eventMissingRefused, Policy: v.Missing[0]})
 		v.Policy = v.Missing[0]
 		v.Denied = &Denied{Policy: v.Policy}
+		v.log([]PolicyEvent{{Message: eventMissingRefused, Policy: v.Policy}})
 		return v
 	}
 	sub := s.subject(c)
@@ -47,17 +50,15 @@ func (s *Store) authorize(c *Conn, e *AuthorizeExplanation) (v Verdict) {
 		return v
 	}
 	if matched, exist := set.dryRun(Allow, &sub, &v, e); exist && !matched {
-		v.event(PolicyEvent{Message: eventNoMatchDryRun})
+		v.log(eventsNoMatchDryRun)
 	}
 	switch p, exist := set.decide(Allow, &sub, &v, e); {
 	case p != nil:
 	case exist:
-		v.event(PolicyEvent{Message: eventNoMatch})
+		v.log(eventsNoMatch)
 		v.Denied = s.notAllowed
-	case v.Events == nil:
-		v.Events = s.noAllow
 	default:
-		v.event(PolicyEvent{Message: eventNoAllow})
+		v.log(eventsNoAllow)
 	}
 	return v
 }
@@ -133,7 +134,7 @@ func (a *applicable) dryRun(action Action, sub *subject, v *Verdict, e *Authoriz
 		var buf [8]posting
 		for _, hit := range ix.all(sub, e, buf[:0]) {
 			matched = true
-			v.record(hit.policy)
+			v.log(hit.policy.events)
 		}
 	}
 	for _, p := range a.named {
@@ -143,7 +144,7 @@ func (a *applicable) dryRun(action Action, sub *subject, v *Verdict, e *Authoriz
 		exist = true
 		if hit := p.first(sub, e); hit.policy != nil {
 			matched = true
-			v.record(p)
+			v.log(p.events)
 		}
 	}
 	return matched, exist
@@ -162,20 +163,18 @@ func (p *policy) first(sub *subject, e *AuthorizeExplanation) posting {
 // decide notes the rule by which a policy decides.
 func (v *Verdict) decide(hit posting) {
 	v.Policy, v.Rule = hit.policy.denied.Policy, int(hit.rule)
-	v.record(hit.policy)
+	v.log(hit.policy.events)
 }
 
-// record notes a match. The first one borrows the slice of the policy, whose
-// capacity is exhausted, so that another one copies it.
-func (v *Verdict) record(p *policy) {
+// log appends lines to those of v. The first ones are borrowed: the capacity of
+// their slice is exhausted, so that others after them go into a copy.
+func (v *Verdict) log(events []PolicyEvent) {
 	if v.Events == nil {
-		v.Events = p.events
+		v.Events = events
 	} else {
-		v.Events = append(v.Events, p.events...)
+		v.Events = append(v.Events, events...)
 	}
 }
-
-func (v *Verdict) event(e PolicyEvent) { v.Events = append(v.Events, e) }
 
 // subject is a connection as the attributes of a match see it.
 type subject struct {
@@ -191,6 +190,19 @@ type subject struct {
 	// Trust domains that are the same as trustDomain; none if there is no other.
 	ownDomain string
 	aliases   []string
+}
+
+// trustDomains are the trust domains that are ours, the default one first. An
+// alias that is no valid trust domain is left out: a principal would match it that
+// has a slash in what is compared with a trust domain.
+func (cfg *Config) trustDomains() []string {
+	list := []string{cfg.DefaultTrustDomain}
+	for _, alias := range cfg.TrustDomainAliases {
+		if td, err := spiffeid.TrustDomainFromString(alias); err == nil && td.Name() == alias {
+			list = append(list, alias)
+		}
+	}
+	return list
 }
 
 func (s *Store) subject(c *Conn) subject {

@@ -68,7 +68,6 @@ type Store struct {
 	cfg          Config
 	trustDomains []string // DefaultTrustDomain and its aliases
 	notAllowed   *Denied
-	noAllow      []PolicyEvent
 
 	active          atomic.Pointer[tables]
 	changed         atomic.Pointer[chan struct{}]
@@ -88,9 +87,8 @@ func New(cfg Config) *Store {
 	}
 	s := &Store{
 		cfg:          cfg,
-		trustDomains: append([]string{cfg.DefaultTrustDomain}, cfg.TrustDomainAliases...),
+		trustDomains: cfg.trustDomains(),
 		notAllowed:   &Denied{},
-		noAllow:      []PolicyEvent{{Message: eventNoAllow}},
 		idle:         newTables(),
 		edit:         newEditor(cfg.NodeName),
 	}
