@@ -206,7 +206,7 @@ func (p *Proxy) connect(ctx context.Context, src netip.AddrPort, local *state.Wo
 		}
 		return upstream{conn: conn}, nil
 	}
-	return upstream{}, fmt.Errorf("%w: protocol %v of rule %s", state.ErrUnsupportedRoute, route.Protocol, route.Rule)
+	return upstream{}, fmt.Errorf("rule %s: no way to speak %v", route.Rule, route.Protocol)
 }
 
 // openStream opens a CONNECT stream over a pooled tunnel (spec/datapath.md §4.9, §5.2).

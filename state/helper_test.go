@@ -45,6 +45,14 @@ func (s *Store) uidAt(network, ip string) string {
 	return w.UID
 }
 
+// pick chooses an endpoint of a service.
+func (s *Store) pick(key NamespacedHostname, q *Query, port uint16, mode portMode) (*workload, uint16) {
+	t := s.read()
+	defer s.release(t)
+	p := picker{t: t, q: q, svc: t.service(key), port: port, mode: mode}
+	return p.pick()
+}
+
 // vip names the service of a VIP as a client in ns sees it.
 func (s *Store) vip(network, ip, ns string) string {
 	svc := s.now().serviceAt(network, addr(ip), ns)

@@ -11,63 +11,13 @@ import (
 // (spec/datapath.md §6.2, checks 4 and 5). The check that the upstream is not
 // the proxy itself is left to the caller, who knows its ports.
 //
-// Errors: ErrIPMismatch (the request is bad); all others mean that the request
-// cannot be served.
+// Errors: *Miss, with Config.OnDemand only; ErrIPMismatch (the request is bad);
+// all others mean that the request cannot be served.
 func (s *Store) Inbound(q InboundQuery) (InboundRoute, error) {
-	if q.Local == nil {
-		return InboundRoute{}, errors.New("no local workload")
-	}
-	q.Addr = netip.AddrPortFrom(q.Addr.Addr().Unmap(), q.Addr.Port())
-	q.ConnDst = netip.AddrPortFrom(q.ConnDst.Addr().Unmap(), q.ConnDst.Port())
 	t := s.read()
 	defer s.release(t)
-	byName := q.Host != ""
-	if !byName {
-		if err := s.checkAddress(t, &q); err != nil {
-			return InboundRoute{}, err
-		}
-	}
-	if q.Local.ApplicationTunnel != nil {
-		return InboundRoute{}, fmt.Errorf("%w: application tunnel of %s", ErrUnsupportedRoute, q.Local)
-	}
-	if byName {
-		return inboundByName(t, &q)
-	}
-	r := InboundRoute{Upstream: netip.AddrPortFrom(q.ConnDst.Addr(), q.Addr.Port())}
-	r.Service = t.guessService(q.Local, q.Addr.Port(), q.ForwardedHost)
-	return r, nil
-}
-
-// checkAddress accepts an authority that is the address of the tunnel itself.
-func (s *Store) checkAddress(t *tables, q *InboundQuery) error {
-	if q.Addr.Addr() == q.ConnDst.Addr() || q.Local.ApplicationTunnel != nil {
-		return nil
-	}
-	w, svc := t.at(s.cfg.Network, q.Addr.Addr(), q.Local.Namespace)
-	if w != nil && w.Waypoint != nil || svc != nil && svc.hasWaypoint() {
-		return fmt.Errorf("%w: %s != %s: %w: sandwiched waypoint", ErrIPMismatch, q.ConnDst.Addr(), q.Addr.Addr(), ErrUnsupportedRoute)
-	}
-	return fmt.Errorf("%w: %s != %s", ErrIPMismatch, q.ConnDst.Addr(), q.Addr.Addr())
-}
-
-// inboundByName finds the port of a service; the local workload need not be one
-// of its endpoints.
-func inboundByName(t *tables, q *InboundQuery) (InboundRoute, error) {
-	svc := t.serviceByHost(q.Host, q.Local.Namespace)
-	if svc == nil {
-		return InboundRoute{}, fmt.Errorf("no service or workload for hostname: %s", q.Host)
-	}
-	port, ok := uint16(0), false
-	if ep := svc.endpoint(q.Local.UID); ep != nil {
-		port, ok = target(ep.Ports, q.Port)
-	}
-	if !ok {
-		port, _ = target(svc.Ports, q.Port)
-	}
-	if port == 0 {
-		return InboundRoute{}, fmt.Errorf("requested service %s:%d found, but cannot resolve port", q.Host, q.Port)
-	}
-	return InboundRoute{Upstream: netip.AddrPortFrom(q.ConnDst.Addr(), port), Service: &svc.ref}, nil
+	d := inboundDecision{s: s, t: t, q: &q}
+	return d.route()
 }
 
 // GuessService says which service of the local workload a connection to port was
@@ -78,6 +28,178 @@ func (s *Store) GuessService(local *Workload, port uint16, forwardedHost string)
 	t := s.read()
 	defer s.release(t)
 	return t.guessService(local, port, forwardedHost)
+}
+
+// inboundDecision is decision for Inbound.
+type inboundDecision struct {
+	s *Store
+	t *tables
+	q *InboundQuery
+	e *Explanation // nil: nobody wants to know
+}
+
+func (d *inboundDecision) route() (InboundRoute, error) {
+	q := d.q
+	if q.Local == nil {
+		return InboundRoute{}, errors.New("no local workload")
+	}
+	q.Addr = netip.AddrPortFrom(q.Addr.Addr().Unmap(), q.Addr.Port())
+	q.ConnDst = netip.AddrPortFrom(q.ConnDst.Addr().Unmap(), q.ConnDst.Port())
+	d.e.inbound(q)
+	if q.Host == "" && !q.Addr.IsValid() {
+		return InboundRoute{}, errors.New("no authority")
+	}
+	port, svc := q.Addr.Port(), (*service)(nil)
+	if q.Host == "" {
+		if err := d.checkAddress(); err != nil {
+			return InboundRoute{}, err
+		}
+	} else {
+		var err error
+		if svc, port, err = d.byName(); err != nil {
+			return InboundRoute{}, err
+		}
+	}
+	r := InboundRoute{}
+	if tunnel := q.Local.ApplicationTunnel; tunnel != nil {
+		if tunnel.Port != 0 {
+			port = tunnel.Port
+		}
+		if tunnel.Proxy {
+			target, err := d.tunnelTarget(svc)
+			if err != nil {
+				return InboundRoute{}, err
+			}
+			r.Proxy, r.Target = true, target
+		}
+	}
+	r.Upstream = netip.AddrPortFrom(q.ConnDst.Addr(), port)
+	if svc != nil {
+		r.Service = &svc.ref
+	} else {
+		r.Service = d.t.guessService(q.Local, port, q.ForwardedHost)
+	}
+	d.e.upstream(q, &r)
+	return r, nil
+}
+
+// checkAddress validates an authority that is an address (spec/datapath.md
+// §6.2.1): it is that of the tunnel, or the local workload tunnels to an
+// application, or is the waypoint of what has the address.
+func (d *inboundDecision) checkAddress() error {
+	q := d.q
+	if q.Addr.Addr() == q.ConnDst.Addr() || q.Local.ApplicationTunnel != nil {
+		d.e.accepted(q)
+		return nil
+	}
+	a := NetworkAddress{d.s.cfg.Network, q.Addr.Addr()}
+	if d.s.cfg.OnDemand {
+		if err := miss(q.Asked, d.t.unknownAddress(a)); err != nil {
+			return err
+		}
+	}
+	// A waypoint may stand for a service that its own namespace does not see.
+	namespaces := [...]string{q.Local.Namespace, ""}
+	for i, ns := range namespaces {
+		w, svc := d.t.at(a.Network, a.Addr, ns)
+		if i == 0 {
+			d.e.sandwich(w, svc)
+		}
+		if ok, err := d.servedByUs(w, svc); ok || err != nil {
+			return err
+		}
+	}
+	d.e.mismatch()
+	return fmt.Errorf("%w: %s != %s", ErrIPMismatch, q.ConnDst.Addr(), q.Addr.Addr())
+}
+
+// servedByUs tells whether the local workload is a waypoint of w or svc. Of a
+// weighted set every member is, unless it has no weight (decision D26).
+func (d *inboundDecision) servedByUs(w *workload, svc *service) (bool, error) {
+	switch {
+	case w != nil:
+		if err := d.s.demandGateway(d.t, d.q.Asked, w.Waypoint); err != nil {
+			return false, err
+		}
+		return d.isWaypoint(w.Waypoint), nil
+	case svc == nil:
+		return false, nil
+	}
+	if err := d.s.demandWaypoints(d.t, d.q.Asked, svc); err != nil {
+		return false, err
+	}
+	ours := d.isWaypoint(svc.Waypoint)
+	for i := range svc.WeightedWaypoints {
+		m := &svc.WeightedWaypoints[i]
+		ours = ours || m.Weight > 0 && d.isWaypoint(&m.Destination)
+	}
+	return ours, nil
+}
+
+// isWaypoint tells whether g refers to the local workload: to a service that has
+// it as an endpoint, or to a workload that has the address of the tunnel.
+func (d *inboundDecision) isWaypoint(g *GatewayAddress) bool {
+	if g == nil {
+		return false
+	}
+	svc, w := d.t.referred(g)
+	ours := svc != nil && svc.endpoint(d.q.Local.UID) != nil || w != nil && w.owns(d.q.ConnDst.Addr())
+	d.e.attached(g, ours)
+	return ours
+}
+
+// byName finds the service of an authority that is a hostname, and the port that
+// it means at the local workload, which need not be one of its endpoints.
+func (d *inboundDecision) byName() (*service, uint16, error) {
+	q := d.q
+	svc := d.t.serviceByHost(q.Host, q.Local.Namespace)
+	if svc == nil {
+		if d.s.cfg.OnDemand {
+			key := NamespacedHostname{Namespace: q.Local.Namespace, Hostname: q.Host}
+			if err := miss(q.Asked, key.String()); err != nil {
+				return nil, 0, err
+			}
+		}
+		return nil, 0, fmt.Errorf("no service or workload for hostname: %s", q.Host)
+	}
+	d.e.service(svc)
+	port, ok := uint16(0), false
+	if ep := svc.endpoint(q.Local.UID); ep != nil {
+		port, ok = target(ep.Ports, q.Port)
+	}
+	if !ok {
+		port, _ = target(svc.Ports, q.Port)
+	}
+	if port == 0 {
+		return nil, 0, fmt.Errorf("requested service %s:%d found, but cannot resolve port", q.Host, q.Port)
+	}
+	return svc, port, nil
+}
+
+// tunnelTarget is what the PROXY header of an application tunnel names: the
+// authority, for a hostname the VIP of its service svc. A VIP of our network goes
+// before all others, and IPv4 before IPv6 there.
+func (d *inboundDecision) tunnelTarget(svc *service) (netip.AddrPort, error) {
+	if svc == nil {
+		return d.q.Addr, nil
+	}
+	best, rank := netip.Addr{}, -1
+	for _, vip := range svc.VIPs {
+		r := 0
+		if vip.Network == d.s.cfg.Network {
+			r = 1
+			if vip.Addr.Is4() {
+				r = 2
+			}
+		}
+		if r > rank {
+			best, rank = vip.Addr, r
+		}
+	}
+	if rank < 0 {
+		return netip.AddrPort{}, fmt.Errorf("requested service %s found, but has no IP addresses", d.q.Host)
+	}
+	return netip.AddrPortFrom(best, d.q.Port), nil
 }
 
 func (t *tables) guessService(local *Workload, port uint16, forwardedHost string) *ServiceRef {

@@ -1,86 +1,185 @@
 package state
 
 import (
+	"encoding/json"
 	"errors"
+	"reflect"
 	"testing"
 )
 
-// IN-01, IN-02, IN-09 … IN-12, and the sandwich cases, which are refused.
+// The world of the IN- rows (spec/datapath.md §16.4).
+const (
+	inClient, inServer, inWaypoint = "10.0.0.1", "10.0.0.2", "10.0.0.3"
+	inVIP, inWaypointVIP           = "10.10.0.1", "10.10.0.2"
+)
+
+// inboundCase is one request and its answer; want "" is a refusal.
+type inboundCase struct {
+	name                    string
+	config                  Config
+	workloadVia, serviceVia *GatewayAddress
+	weighted                []WeightedWaypoint // of the service of the server
+	serviceMods             []func(*Service)   // of the same
+	tunnel                  *ApplicationTunnel // of the waypoint
+	local, conn, authority  string             // authority: an address, else
+	host                    string
+	port                    uint16
+	forwarded               string
+	asked                   []string
+
+	want    string
+	proxy   bool
+	target  string
+	service string // hostname; not checked if empty
+	wantErr error
+	text    string
+}
+
+func (c *inboundCase) store(t *testing.T) *Store {
+	t.Helper()
+	s := New(c.config)
+	service := func(name, ip string, target uint16) *Service {
+		return &Service{Name: name, Namespace: "ns", Hostname: name + ".ns.svc", VIPs: []NetworkAddress{{"", addr(ip)}}, Ports: []Port{{80, target}}}
+	}
+	server := service("server", inVIP, 8080)
+	server.Waypoint, server.WeightedWaypoints = c.serviceVia, c.weighted
+	for _, m := range c.serviceMods {
+		m(server)
+	}
+	apply(t, s, Update{
+		Workloads: []WorkloadUpdate{
+			member(Workload{UID: "client", IPs: ips(inClient)}, nil),
+			member(Workload{UID: "server", IPs: ips(inServer), Waypoint: c.workloadVia},
+				map[NamespacedHostname][]Port{host("ns", "server.ns.svc"): nil, host("ns", "named.ns.svc"): {{80, 9090}}}),
+			member(Workload{UID: "waypoint", Name: "waypoint", IPs: ips(inWaypoint), ApplicationTunnel: c.tunnel, Hostname: "way.host"},
+				map[NamespacedHostname][]Port{host("ns", "waypoint.ns.svc"): nil}),
+			member(Workload{UID: "other-waypoint", IPs: ips("10.0.0.4")}, nil),
+		},
+		Services: []*Service{server, service("waypoint", inWaypointVIP, 15008), service("named", "10.10.0.3", 0)},
+	})
+	return s
+}
+
+func (c *inboundCase) run(t *testing.T) {
+	s := c.store(t)
+	local, _ := s.WorkloadByUID(c.local)
+	q := InboundQuery{Local: local, ConnDst: addrPort(c.conn + ":15008"), Host: c.host, Port: c.port, ForwardedHost: c.forwarded, Asked: c.asked}
+	if c.authority != "" {
+		q.Addr = addrPort(c.authority)
+	}
+	r, err := s.Inbound(q)
+	e := s.ExplainInbound(q)
+	if e.InboundRoute != r || !reflect.DeepEqual(e.Err, err) || len(e.Steps) == 0 {
+		t.Errorf("ExplainInbound: %+v\nInbound: %+v, %v", e, r, err)
+	}
+	if _, err := json.Marshal(e); err != nil {
+		t.Error(err)
+	}
+	if c.want == "" {
+		if err == nil || c.wantErr != nil && !errors.Is(err, c.wantErr) || c.text != "" && err.Error() != c.text {
+			t.Fatalf("got %+v, %v, want %v %s", r, err, c.wantErr, c.text)
+		}
+		if r != (InboundRoute{}) {
+			t.Errorf("a refusal with a route: %+v", r)
+		}
+		return
+	}
+	target := ""
+	if r.Target.IsValid() {
+		target = r.Target.String()
+	}
+	if err != nil || r.Upstream.String() != c.want || r.Proxy != c.proxy || target != c.target {
+		t.Errorf("got %+v, %v, want %s, PROXY %t %s", r, err, c.want, c.proxy, c.target)
+	}
+	if c.service != "" && (r.Service == nil || r.Service.Hostname != c.service) {
+		t.Errorf("service %+v, want %s", r.Service, c.service)
+	}
+}
+
+func runInbound(t *testing.T, cases []inboundCase) {
+	for _, c := range cases {
+		t.Run(c.name, c.run)
+	}
+}
+
+// IN-01 … IN-12 of spec/datapath.md §16.4, IN-01 of spec/state-xds-dns.md §9.3.
 func TestDP_IN_Inbound(t *testing.T) {
-	const (
-		client, server, waypoint = "10.0.0.1", "10.0.0.2", "10.0.0.3"
-		vip, waypointVIP         = "10.10.0.1", "10.10.0.2"
-	)
-	attach := gw(waypointVIP, 15008)
-	tests := []struct {
-		name                      string
-		workloadVia, serviceVia   *GatewayAddress
-		tunnel                    *ApplicationTunnel
-		local, conn, address, dns string
-		port                      uint16
-		want                      string
-		wantErr                   error
-		text                      string
-	}{
-		{name: "IN-01", local: "server", conn: server, address: server + ":8080", want: server + ":8080"},
-		{name: "IN-02", local: "server", conn: server, dns: "server.ns.svc", port: 80, want: server + ":8080"},
-		{name: "IN-03 and IN-04 workload attached", workloadVia: attach, local: "waypoint", conn: waypoint, address: server + ":8080", wantErr: ErrUnsupportedRoute},
-		{name: "IN-05 tunnel", workloadVia: attach, tunnel: &ApplicationTunnel{Proxy: true, Port: 15088}, local: "waypoint", conn: waypoint, address: server + ":8080", wantErr: ErrUnsupportedRoute},
-		{name: "IN-06 and IN-07 service attached", serviceVia: attach, local: "waypoint", conn: waypoint, address: vip + ":8080", wantErr: ErrUnsupportedRoute},
-		{name: "IN-08 tunnel", serviceVia: attach, tunnel: &ApplicationTunnel{Proxy: true, Port: 15088}, local: "waypoint", conn: waypoint, address: vip + ":8080", wantErr: ErrUnsupportedRoute},
-		{name: "tunnel to itself", tunnel: &ApplicationTunnel{Port: 15088}, local: "waypoint", conn: waypoint, address: waypoint + ":80", wantErr: ErrUnsupportedRoute,
-			text: "route not supported: application tunnel of Workload{waypoint with uid waypoint (TCP)}"},
-		{name: "IN-09", local: "server", conn: server, address: client + ":8080", wantErr: ErrIPMismatch, text: "ip mismatch: 10.0.0.2 != 10.0.0.1"},
-		{name: "IN-10", local: "waypoint", conn: waypoint, address: client + ":8080", wantErr: ErrIPMismatch},
-		{name: "IN-11 service attached only", serviceVia: attach, local: "waypoint", conn: waypoint, address: server + ":8080", wantErr: ErrIPMismatch, text: "ip mismatch: 10.0.0.3 != 10.0.0.2"},
-		{name: "IN-12 workload attached only", workloadVia: attach, local: "waypoint", conn: waypoint, address: vip + ":8080", wantErr: ErrIPMismatch},
-		{name: "unknown hostname", local: "server", conn: server, dns: "nobody", port: 80, text: "no service or workload for hostname: nobody"},
-		{name: "port of a hostname", local: "server", conn: server, dns: "server.ns.svc", port: 81, text: "requested service server.ns.svc:81 found, but cannot resolve port"},
-		{name: "named port of another endpoint", local: "waypoint", conn: waypoint, dns: "named.ns.svc", port: 80, text: "requested service named.ns.svc:80 found, but cannot resolve port"},
-		{name: "named port of ours", local: "server", conn: server, dns: "named.ns.svc", port: 80, want: server + ":9090"},
-		{name: "hostname of which we are no endpoint", local: "waypoint", conn: waypoint, dns: "server.ns.svc", port: 80, want: waypoint + ":8080"},
+	pod, vip := gw(inWaypoint, 15008), gw(inWaypointVIP, 15008)
+	tunnel := &ApplicationTunnel{Proxy: true, Port: 15088}
+	server := inServer + ":8080"
+	runInbound(t, []inboundCase{
+		{name: "IN-01", local: "server", conn: inServer, authority: server, want: server, service: "server.ns.svc"},
+		{name: "IN-02", local: "server", conn: inServer, host: "server.ns.svc", port: 80, want: server, service: "server.ns.svc"},
+		{name: "IN-03", workloadVia: pod, local: "waypoint", conn: inWaypoint, authority: server, want: "10.0.0.3:8080"},
+		{name: "IN-04", workloadVia: vip, local: "waypoint", conn: inWaypoint, authority: server, want: "10.0.0.3:8080"},
+		{name: "IN-05", workloadVia: vip, tunnel: tunnel, local: "waypoint", conn: inWaypoint, authority: server, want: "10.0.0.3:15088", proxy: true, target: server},
+		{name: "IN-06", serviceVia: pod, local: "waypoint", conn: inWaypoint, authority: inVIP + ":8080", want: "10.0.0.3:8080"},
+		{name: "IN-07", serviceVia: vip, local: "waypoint", conn: inWaypoint, authority: inVIP + ":8080", want: "10.0.0.3:8080"},
+		{name: "IN-08", serviceVia: vip, tunnel: tunnel, local: "waypoint", conn: inWaypoint, authority: inVIP + ":8080", want: "10.0.0.3:15088", proxy: true, target: inVIP + ":8080"},
+		{name: "IN-09", local: "server", conn: inServer, authority: inClient + ":8080", wantErr: ErrIPMismatch, text: "ip mismatch: 10.0.0.2 != 10.0.0.1"},
+		{name: "IN-10", local: "waypoint", conn: inWaypoint, authority: inClient + ":8080", wantErr: ErrIPMismatch},
+		{name: "IN-11", serviceVia: vip, local: "waypoint", conn: inWaypoint, authority: server, wantErr: ErrIPMismatch, text: "ip mismatch: 10.0.0.3 != 10.0.0.2"},
+		{name: "IN-12", workloadVia: vip, local: "waypoint", conn: inWaypoint, authority: inVIP + ":8080", wantErr: ErrIPMismatch},
+	})
+}
+
+func TestInboundDestination(t *testing.T) {
+	vip, other := gw(inWaypointVIP, 15008), gw("10.0.0.4", 15008)
+	toVIP := func(c inboundCase) inboundCase {
+		c.local, c.conn, c.authority = "waypoint", inWaypoint, inVIP+":80"
+		return c
 	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			s := New(Config{})
-			sv := func(name, ip string, target uint16) *Service {
-				return &Service{Name: name, Namespace: "ns", Hostname: name + ".ns.svc", VIPs: []NetworkAddress{{"", addr(ip)}}, Ports: []Port{{80, target}}}
-			}
-			serverService := sv("server", vip, 8080)
-			serverService.Waypoint = tt.serviceVia
-			apply(t, s, Update{
-				Workloads: []WorkloadUpdate{
-					member(Workload{UID: "client", IPs: ips(client)}, nil),
-					member(Workload{UID: "server", IPs: ips(server), Waypoint: tt.workloadVia},
-						map[NamespacedHostname][]Port{host("ns", "server.ns.svc"): nil, host("ns", "named.ns.svc"): {{80, 9090}}}),
-					member(Workload{UID: "waypoint", Name: "waypoint", IPs: ips(waypoint), ApplicationTunnel: tt.tunnel},
-						map[NamespacedHostname][]Port{host("ns", "waypoint.ns.svc"): nil}),
-				},
-				Services: []*Service{serverService, sv("waypoint", waypointVIP, 15008), sv("named", "10.10.0.3", 0)},
-			})
-			local, _ := s.WorkloadByUID(tt.local)
-			q := InboundQuery{Local: local, ConnDst: addrPort(tt.conn + ":15008"), Host: tt.dns, Port: tt.port}
-			if tt.address != "" {
-				q.Addr = addrPort(tt.address)
-			}
-			r, err := s.Inbound(q)
-			if tt.want == "" {
-				if err == nil || tt.wantErr != nil && !errors.Is(err, tt.wantErr) || tt.text != "" && err.Error() != tt.text {
-					t.Fatalf("got %+v, %v, want %v %s", r, err, tt.wantErr, tt.text)
-				}
-				if r != (InboundRoute{}) {
-					t.Errorf("a refusal with a route: %+v", r)
-				}
-				return
-			}
-			if err != nil || r.Upstream.String() != tt.want {
-				t.Errorf("got %s, %v, want %s", r.Upstream, err, tt.want)
-			}
-		})
-	}
+	hidden := func(s *Service) { s.Namespace, s.Visibility = "hidden", NamespaceVisibility }
+	runInbound(t, []inboundCase{
+		toVIP(inboundCase{name: "weighted member", weighted: []WeightedWaypoint{{*other, 1}, {*vip, 1}}, want: "10.0.0.3:80"}),
+		toVIP(inboundCase{name: "weighted member beside the single one", serviceVia: other, weighted: []WeightedWaypoint{{*vip, 5}}, want: "10.0.0.3:80"}),
+		toVIP(inboundCase{name: "member without weight", serviceVia: other, weighted: []WeightedWaypoint{{*vip, 0}, {*other, 1}}, wantErr: ErrIPMismatch}),
+		toVIP(inboundCase{name: "waypoint by hostname of a service", serviceVia: byHost("waypoint.ns.svc", 15008), want: "10.0.0.3:80"}),
+		toVIP(inboundCase{name: "waypoint by hostname of a workload", serviceVia: byHost("way.host", 15008), want: "10.0.0.3:80"}),
+		toVIP(inboundCase{name: "waypoint by hostname of nobody", serviceVia: byHost("nobody", 15008), wantErr: ErrIPMismatch}),
+		toVIP(inboundCase{name: "another waypoint", serviceVia: other, wantErr: ErrIPMismatch}),
+		toVIP(inboundCase{name: "waypoint in another network", serviceVia: inRemote(gw(inWaypoint, 15008)), wantErr: ErrIPMismatch}),
+		toVIP(inboundCase{name: "of a service that our namespace does not see", serviceVia: vip, serviceMods: []func(*Service){hidden}, want: "10.0.0.3:80"}),
+		{name: "the service of the server does not make it a waypoint", serviceVia: vip, local: "server", conn: inServer, authority: inVIP + ":80", wantErr: ErrIPMismatch},
+		{name: "a tunnel takes any address", tunnel: &ApplicationTunnel{Port: 15088}, local: "waypoint", conn: inWaypoint, authority: inClient + ":80", want: "10.0.0.3:15088"},
+		{name: "a tunnel without port or PROXY", tunnel: &ApplicationTunnel{}, local: "waypoint", conn: inWaypoint, authority: inClient + ":80", want: "10.0.0.3:80"},
+		{name: "a tunnel without port", tunnel: &ApplicationTunnel{Proxy: true}, local: "waypoint", conn: inWaypoint, authority: "[2001:db8::1]:80",
+			want: "10.0.0.3:80", proxy: true, target: "[2001:db8::1]:80"},
+		{name: "mapped address", local: "server", conn: inServer, authority: "[::ffff:10.0.0.2]:8080", want: "10.0.0.2:8080"},
+		{name: "no authority", local: "server", conn: inServer, text: "no authority"},
+	})
 	if _, err := New(Config{}).Inbound(InboundQuery{}); err == nil {
 		t.Error("no error without a local workload")
 	}
+}
+
+func TestInboundHostname(t *testing.T) {
+	tunnel := &ApplicationTunnel{Proxy: true, Port: 15088}
+	toHost := func(c inboundCase) inboundCase {
+		c.local, c.conn, c.host, c.port, c.tunnel = "waypoint", inWaypoint, "server.ns.svc", 80, tunnel
+		if c.want == "" && c.text == "" {
+			c.want, c.proxy = "10.0.0.3:15088", true
+		}
+		return c
+	}
+	addresses := func(list ...NetworkAddress) []func(*Service) {
+		return []func(*Service){func(s *Service) { s.VIPs = list }}
+	}
+	at := func(network, ip string) NetworkAddress { return NetworkAddress{network, addr(ip)} }
+	runInbound(t, []inboundCase{
+		{name: "unknown", local: "server", conn: inServer, host: "nobody", port: 80, text: "no service or workload for hostname: nobody"},
+		{name: "hidden", local: "server", conn: inServer, host: "server.ns.svc", port: 80, text: "no service or workload for hostname: server.ns.svc",
+			serviceMods: []func(*Service){func(s *Service) { s.Namespace, s.Visibility = "hidden", NamespaceVisibility }}},
+		{name: "port", local: "server", conn: inServer, host: "server.ns.svc", port: 81, text: "requested service server.ns.svc:81 found, but cannot resolve port"},
+		{name: "named port of another endpoint", local: "waypoint", conn: inWaypoint, host: "named.ns.svc", port: 80, text: "requested service named.ns.svc:80 found, but cannot resolve port"},
+		{name: "named port of ours", local: "server", conn: inServer, host: "named.ns.svc", port: 80, want: "10.0.0.2:9090", service: "named.ns.svc"},
+		{name: "we are no endpoint", local: "waypoint", conn: inWaypoint, host: "server.ns.svc", port: 80, want: "10.0.0.3:8080", service: "server.ns.svc"},
+		toHost(inboundCase{name: "tunnel", target: inVIP + ":80"}),
+		toHost(inboundCase{name: "tunnel, v4 first", serviceMods: addresses(at("far", "10.9.0.1"), at("", "2001:db8::1"), at("", "10.9.0.2")), target: "10.9.0.2:80"}),
+		toHost(inboundCase{name: "tunnel, our network first", serviceMods: addresses(at("far", "10.9.0.1"), at("", "2001:db8::1")), target: "[2001:db8::1]:80"}),
+		toHost(inboundCase{name: "tunnel, any", serviceMods: addresses(at("far", "10.9.0.1"), at("far", "10.9.0.2")), target: "10.9.0.1:80"}),
+		toHost(inboundCase{name: "tunnel, no VIP", serviceMods: addresses(), text: "requested service server.ns.svc found, but has no IP addresses"}),
+	})
 }
 
 // spec/datapath.md §6.3: the service that the client meant.

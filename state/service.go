@@ -284,19 +284,6 @@ func (s *service) keeps(h Health) bool {
 	return h == Healthy || s.LoadBalancer != nil && s.LoadBalancer.HealthPolicy == AllowAll
 }
 
-// hasWaypoint tells whether traffic to the service goes through a waypoint.
-func (s *service) hasWaypoint() bool {
-	if s.Waypoint != nil {
-		return true
-	}
-	for i := range s.WeightedWaypoints {
-		if s.WeightedWaypoints[i].Weight > 0 {
-			return true
-		}
-	}
-	return false
-}
-
 // visible tells whether a client in namespace ns may use s; "" is a caller that
 // stands in no namespace and sees everything.
 func (s *service) visible(ns string) bool {

@@ -218,6 +218,8 @@ func (m *Miss) Error() string { return "not known yet: " + strings.Join(m.Keys, 
 var (
 	ErrNoHealthyUpstream  = errors.New("no healthy upstream")
 	ErrNoValidDestination = errors.New("no valid routing destination for workload")
-	ErrUnsupportedRoute   = errors.New("route not supported")
+	ErrUnknownWaypoint    = errors.New("unknown waypoint")
+	ErrUnknownGateway     = errors.New("unknown network gateway")
+	ErrNoService          = errors.New("no service for target address")
 	ErrIPMismatch         = errors.New("ip mismatch")
 )

@@ -59,8 +59,7 @@ func TestST_WL03_WorkloadInformation(t *testing.T) {
 		s.consistent(t)
 		got := map[string]bool{}
 		for range 1000 {
-			p := picker{t: s.now(), src: w, port: 80}
-			if w, _ := p.pick(s.now().services[key]); w != nil {
+			if w, _ := s.pick(key, &Query{Source: w}, 80, standardMode); w != nil {
 				got[w.UID] = true
 			}
 		}
