@@ -13,11 +13,13 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/encoding"
 	_ "google.golang.org/grpc/encoding/proto" // the codec that ours wraps
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 
@@ -90,7 +92,12 @@ func New(cfg Config) *Server {
 		streams: make(map[*stream]struct{}),
 		changed: make(chan struct{}),
 	}
-	options := []grpc.ServerOption{grpc.ForceServerCodecV2(rawCodec{encoding.GetCodecV2("proto")}), grpc.MaxRecvMsgSize(64 << 20)}
+	options := []grpc.ServerOption{
+		grpc.ForceServerCodecV2(rawCodec{encoding.GetCodecV2("proto")}),
+		grpc.MaxRecvMsgSize(64 << 20),
+		// As the real ones: more pings end the connection.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 15 * time.Second}),
+	}
 	if cfg.TLS != nil {
 		options = append(options, grpc.Creds(credentials.NewTLS(cfg.TLS)))
 	}

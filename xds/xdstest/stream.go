@@ -128,10 +128,11 @@ func (st *stream) violation(format string, args ...any) {
 func (st *stream) handle(r *discoverypb.DeltaDiscoveryRequest) error {
 	sub := st.types[r.GetTypeUrl()]
 	changes := len(r.GetResourceNamesSubscribe())+len(r.GetResourceNamesUnsubscribe()) > 0
-	if (sub == nil) != (r.GetNode() != nil) {
-		st.violation("%s: first request: %t, has a node: %t", r.GetTypeUrl(), sub == nil, r.GetNode() != nil)
+	answer := r.GetResponseNonce() != ""
+	if first := sub == nil && !answer; first != (r.GetNode() != nil) {
+		st.violation("%s: first request: %t, has a node: %t", r.GetTypeUrl(), first, !first)
 	}
-	if nonce := r.GetResponseNonce(); nonce != "" {
+	if nonce := r.GetResponseNonce(); answer {
 		if !st.unanswered[nonce] {
 			st.violation("nonce %q is not open", nonce)
 		}
