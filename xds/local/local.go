@@ -27,6 +27,9 @@ type Config struct {
 	// ClusterID stands in the UIDs of workloads that have neither uid nor
 	// clusterId; "" means Kubernetes.
 	ClusterID string
+	// Once says that something else adds to the store after Load, which a second
+	// Load would take away: Run then only warns of a file that changes.
+	Once bool
 	// Interval between looks at the file; 0 means one second.
 	Interval time.Duration
 	Logger   *slog.Logger // nil: discard
@@ -117,11 +120,14 @@ func (s *Source) Check() (loaded bool, err error) {
 
 // Run loads the file again whenever it changes, until ctx ends, whose cause it
 // returns. A file that cannot be loaded is logged once and leaves the store as it
-// is. Call Load first.
+// is. With Config.Once it loads nothing. Call Load first.
 func (s *Source) Run(ctx context.Context) error {
 	if s.watch == nil {
 		<-ctx.Done()
 		return context.Cause(ctx)
+	}
+	if s.cfg.Once {
+		return filewatch.Run(ctx, s.cfg.Interval, func() { s.warnChanged(ctx) })
 	}
 	last := s.LastError()
 	return filewatch.Run(ctx, s.cfg.Interval, func() {
@@ -134,6 +140,15 @@ func (s *Source) Run(ctx context.Context) error {
 			s.log.ErrorContext(ctx, "local config not loaded, the last good one stays", "path", s.cfg.Path, "error", err)
 		}
 	})
+}
+
+// warnChanged tells the operator why a change has no effect.
+func (s *Source) warnChanged(ctx context.Context) {
+	s.loading.Lock()
+	defer s.loading.Unlock()
+	if changed, err := s.watch.Check(); err == nil && changed {
+		s.log.WarnContext(ctx, "local config has changed, but is read at the start only while xDS is on: restart to apply it", "path", s.cfg.Path)
+	}
 }
 
 // LastError is the error of the last attempt to load, nil if that went well.

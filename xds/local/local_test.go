@@ -376,6 +376,40 @@ func TestRunReloads(t *testing.T) {
 	}
 }
 
+// Beside xDS a file is read once: a later change is told, and takes nothing away
+// of what came since.
+func TestRunOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "local.yaml")
+	write(t, path, workload("uid: first"))
+	store := state.New(state.Config{})
+	synctest.Test(t, func(t *testing.T) {
+		var logs bytes.Buffer
+		src := newSource(t, Config{Path: path, Store: store, Once: true, Logger: slog.New(slog.NewTextHandler(&logs, nil))})
+		if err := src.Load(); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- src.Run(ctx) }()
+		pushed := state.WorkloadUpdate{Workload: &state.Workload{UID: "pushed", Name: "pushed", Namespace: "ns"}}
+		if err := store.Apply(state.Update{Workloads: []state.WorkloadUpdate{pushed}}); err != nil {
+			t.Fatal(err)
+		}
+		write(t, path, workload("uid: second, longer"))
+		pass(10 * time.Second)
+		cancel()
+		<-done
+		for uid, want := range map[string]bool{"first": true, "pushed": true, "second, longer": false} {
+			if _, ok := store.WorkloadByUID(uid); ok != want {
+				t.Errorf("workload %q: %v, want %v", uid, ok, want)
+			}
+		}
+		if n := strings.Count(logs.String(), "restart to apply it"); n != 1 {
+			t.Errorf("%d warnings of the change, want 1:\n%s", n, &logs)
+		}
+	})
+}
+
 func TestRunInline(t *testing.T) {
 	src := newSource(t, Config{Inline: "{}"})
 	if loaded, err := src.Check(); loaded || err != nil {
