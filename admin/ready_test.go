@@ -57,3 +57,28 @@ func TestID_4_7_Readiness(t *testing.T) {
 		}
 	})
 }
+
+// A pending task may say why; the first line stays what probes know, and a task
+// that is complete says nothing.
+func TestReadiness_Reasons(t *testing.T) {
+	r := NewReady(nil)
+	s := NewReadiness(r, 0, nil)
+	expect := func(status int, want string) {
+		t.Helper()
+		resp := do(s, "GET", "/healthz/ready")
+		if got := body(t, resp); got != want || resp.StatusCode != status {
+			t.Errorf("got %d %q, want %d %q", resp.StatusCode, got, status, want)
+		}
+	}
+	why := "connection refused"
+	state, proxy := r.Register("state manager"), r.Register("proxy")
+	r.Explain("state manager", func() string { return why })
+	expect(500, "not ready, pending: proxy, state manager\nstate manager: connection refused\n")
+	why = ""
+	expect(500, "not ready, pending: proxy, state manager\n")
+	why = "never asked for"
+	state()
+	expect(500, "not ready, pending: proxy\n")
+	proxy()
+	expect(200, "ready\n")
+}
