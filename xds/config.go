@@ -35,7 +35,8 @@ type Config struct {
 	// RootFile (a path) or RootPEM holds the roots by which the server's
 	// certificate is judged (XDS_ROOT_CA). Neither means those of the system. The
 	// file need not exist yet, and is read again for each stream when it has
-	// changed; while it cannot be read, the last good content stays in use.
+	// changed; while it cannot be read, the last good content stays in use. A unix
+	// socket needs no roots, and the file is not looked at then.
 	RootFile, RootPEM string
 	// AltHostname is a name that the server's certificate may have instead of the
 	// host in Address (ALT_XDS_HOSTNAME): a DNS name or an IP address.
@@ -114,7 +115,7 @@ func newClient(cfg Config) (*Client, error) {
 	if c.creds, err = istiod.NewCredentials(creds); err != nil {
 		return nil, err
 	}
-	if cfg.RootFile != "" {
+	if cfg.RootFile != "" && c.endpoint.Network != "unix" {
 		c.roots = istiod.FileRoots(cfg.RootFile, c.log)
 	} else if c.roots, err = istiod.TextRoots(cfg.RootPEM, c.log); err != nil {
 		return nil, fmt.Errorf("field RootPEM: %w", err)
