@@ -58,7 +58,7 @@ func TestCAProvidersDoc(t *testing.T) {
 	}
 
 	var sources strings.Builder
-	for _, dir := range []string{".", "../../ca"} {
+	for _, dir := range []string{".", "../../ca", "../../internal/istiod"} {
 		err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 			if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
 				return err

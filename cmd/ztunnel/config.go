@@ -254,7 +254,9 @@ type XDSConfig struct {
 	AltHostname string
 	Headers     []HeaderField
 	OnDemand    bool
-	LocalPath   string // LOCAL_XDS_PATH: reloaded on change
+	StaleGrace  time.Duration
+	KeepUnnamed bool   // XDS_FULL_SET=never
+	LocalPath   string // LOCAL_XDS_PATH
 	LocalInline string // LOCAL_XDS: YAML text
 }
 

@@ -127,9 +127,9 @@ var caErrors = []struct {
 	{"name twice", "providers:\n- name: local\n- {name: local, dir: /x}", []string{`:3: providers[1]: name "local": the provider of line 2 has it`}},
 	{"key of another type", "providers: [{name: local, address: x}]", []string{"providers[0].address: unknown key of a provider of type local: must be one of name, type, dir, secretTTL, requestTimeout"}},
 	{"setting twice", "providers: [{name: local, dir: /x, dir: /y}]", []string{"providers[0].dir: duplicate key"}},
-	{"everything at once", "providers:\n- name: istio\n  address: 'ftp://x'\n  secretTTL: 5x\n  rootCA: /missing\n  headers: [a]\n- name: spire-delegated\n  adminEndpointSocket: 5\n  selectors: a\n  reference: both\nroutes:\n- {namespace: a}\n", []string{
+	{"everything at once", "providers:\n- name: istio\n  address: 'ftp://x'\n  secretTTL: 5x\n  rootCA: system\n  headers: [a]\n- name: spire-delegated\n  adminEndpointSocket: 5\n  selectors: a\n  reference: both\nroutes:\n- {namespace: a}\n", []string{
 		`:3: providers[0].address: "ftp://x": invalid uri: scheme "ftp"`, `:4: providers[0].secretTTL: "5x": unknown unit "x"`,
-		`:5: providers[0].rootCA: "/missing": must be the path of a file that exists`, ":6: providers[0].headers: got a list, want a mapping",
+		`:5: providers[0].rootCA: "system": must be the path of a file, SYSTEM, or PEM text`, ":6: providers[0].headers: got a list, want a mapping",
 		":8: providers[1].adminEndpointSocket: got a number, want a string: quote it", ":9: providers[1].selectors: got a string, want a list",
 		`:10: providers[1].reference: "both": must be one of selectors, pid`, ":12: routes[0]: missing key provider",
 	}},

@@ -183,6 +183,9 @@ func (l *loader) finishState() {
 	if c.XDS.Address == "" && !l.isSet("LOCAL_XDS_PATH") && !l.isSet("LOCAL_XDS") {
 		l.warn("LOCAL_XDS_PATH", "xDS is off and there is no local file: no workload is known")
 	}
+	if c.XDS.Address == "" && c.XDS.OnDemand {
+		l.warn("XDS_ON_DEMAND", "has no effect without XDS_ADDRESS")
+	}
 }
 
 // refuseUnsupported reports what is configured and understood, but not in this
@@ -204,14 +207,10 @@ func (l *loader) refuseUnsupported() {
 	if c.Proxy.Mode == ModeShared {
 		refuse("PROXY_MODE", string(ModeShared), "shared mode is not supported by this build yet: set PROXY_MODE=dedicated and PROXY_WORKLOAD_INFO")
 	}
-	if c.XDS.Address != "" {
-		refuse("XDS_ADDRESS", c.XDS.Address, `xDS is not supported by this build yet: set XDS_ADDRESS="" and LOCAL_XDS_PATH`)
-	}
 	for _, s := range []struct {
 		name, instead string
 		on            bool
 	}{
-		{"XDS_ON_DEMAND", "on-demand xDS is not supported by this build yet: unset it or set false", c.XDS.OnDemand},
 		{"UNSTABLE_ENABLE_SOCKS5", "SOCKS5 is not supported by this build yet: unset it or set false", c.Proxy.SOCKS5},
 		{"ISTIO_META_DNS_CAPTURE", "the DNS proxy is not supported by this build yet: unset it or set false", c.DNS.Enabled},
 	} {

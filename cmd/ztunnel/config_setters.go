@@ -160,25 +160,28 @@ func setXDSAddress(l *loader, v value) (err error) {
 	if !v.set {
 		v.text = l.defaultControlPlane()
 		if f, ok := l.proxy.fields["discoveryAddress"]; ok {
-			l.cfg.XDS.Address, _ = parseAddress(f.text) // checked by its own row
+			l.cfg.XDS.Address, _ = parseXDSAddress(f.text) // checked by its own row
 			return nil
 		}
 	}
-	l.cfg.XDS.Address, err = parseAddress(v.text)
+	l.cfg.XDS.Address, err = parseXDSAddress(v.text)
 	return err
 }
+
+// setRoot tells the path of a file from PEM text by its looks, not by whether the
+// file is there: it may come later.
 
 func setRoot(field func(*Config) *RootCert) func(*loader, value) error {
 	return func(l *loader, v value) error {
 		switch {
-		case !v.set || l.exists(v.text):
-			*field(l.cfg) = RootCert{File: v.text}
-		case v.text == "SYSTEM":
-			*field(l.cfg) = RootCert{}
 		case strings.Contains(v.text, "-----BEGIN"):
 			*field(l.cfg) = RootCert{Inline: v.text}
+		case v.text == "SYSTEM":
+			*field(l.cfg) = RootCert{}
+		case !v.set || l.exists(v.text) || strings.ContainsAny(v.text, "/.") && !strings.ContainsAny(v.text, "\n\x00"):
+			*field(l.cfg) = RootCert{File: v.text}
 		default:
-			return errors.New("must be the path of a file that exists, SYSTEM, or PEM text")
+			return errors.New("must be the path of a file, SYSTEM, or PEM text; a file that is not there yet needs a / or a . in its path")
 		}
 		return nil
 	}
@@ -189,8 +192,8 @@ func setToken(l *loader, v value) error {
 	switch {
 	case !v.set && l.exists(defaultTokenFile):
 		l.cfg.CA.Token.File = defaultTokenFile
-	case v.set && l.exists(v.text):
-		l.cfg.CA.Token.File = v.text
+	case v.set && (l.exists(v.text) || strings.HasPrefix(v.text, "/") || strings.HasPrefix(v.text, "./") || strings.HasPrefix(v.text, "../")):
+		l.cfg.CA.Token.File = v.text // it may come later
 	case v.set:
 		l.cfg.CA.Token.Token = v.text
 	}

@@ -45,11 +45,9 @@ type group struct {
 
 // What a row belongs to when this build does not have it yet.
 const (
-	laterXDS    = "xDS"
 	laterShared = "shared mode"
 	laterDNS    = "DNS proxy"
 	laterSOCKS  = "SOCKS5"
-	laterTunnel = "application tunnels"
 )
 
 // to makes the setter of a row that is one value of one field.
@@ -161,17 +159,17 @@ var proxyVars = group{name: "Proxy", doc: "What this process is and where it sta
 	{name: "CLUSTER_ID", typ: "string", def: "Kubernetes", doc: "The cluster of this node. `ISTIO_META_CLUSTER_ID` wins over it.", set: setClusterID},
 	{name: "CLUSTER_DOMAIN", typ: "string", def: "cluster.local", doc: "The DNS domain of the cluster.", since: laterDNS,
 		set: to(text, func(c *Config) *string { return &c.Proxy.ClusterDomain })},
-	{name: "POD_NAME", typ: "string", doc: "The proxy's own pod. Together with the next two it gives the proxy an identity of its own, which is shown in `/config_dump`.", since: laterXDS,
+	{name: "POD_NAME", typ: "string", doc: "The proxy's own pod. Together with the next two it gives the proxy an identity of its own, which is shown in `/config_dump`, and with `INSTANCE_IP` the ID of its xDS node.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.PodName })},
-	{name: "POD_NAMESPACE", typ: "string", doc: "The namespace of the proxy's own pod.", since: laterXDS,
+	{name: "POD_NAMESPACE", typ: "string", doc: "The namespace of the proxy's own pod.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.PodNamespace })},
-	{name: "SERVICE_ACCOUNT", typ: "string", doc: "The service account of the proxy's own pod.", since: laterXDS,
+	{name: "SERVICE_ACCOUNT", typ: "string", doc: "The service account of the proxy's own pod. Shown in `/config_dump`, nothing else.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.ServiceAccount })},
-	{name: "INSTANCE_IP", typ: "string", def: "1.1.1.1", doc: "The address of the proxy's own pod, a part of its xDS node.", since: laterXDS,
+	{name: "INSTANCE_IP", typ: "string", def: "1.1.1.1", doc: "The address of the proxy's own pod, a part of its xDS node.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.InstanceIP })},
 	{name: "TRUST_DOMAIN", typ: "string", def: "cluster.local", doc: "Shown in the proxy's own identity in `/config_dump`, nothing else. See `DEFAULT_TRUST_DOMAIN`.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.TrustDomain })},
-	{name: "LOCALHOST_APP_TUNNEL", typ: "bool", def: "true", doc: "Reach the target of an application tunnel over loopback.", since: laterTunnel, warn: true,
+	{name: "LOCALHOST_APP_TUNNEL", typ: "bool", def: "true", doc: "Reach an application that takes PROXY headers over loopback.",
 		set: to(parseBool, func(c *Config) *bool { return &c.Proxy.LocalhostAppTunnel })},
 	{name: "ENABLE_RESPONSE_BAGGAGE", typ: "bool", def: "true", doc: "Answer a CONNECT with the baggage of the destination, and use that of a peer.",
 		set: to(parseBool, func(c *Config) *bool { return &c.Proxy.ResponseBaggage })},

@@ -68,24 +68,26 @@ var spireVars = group{name: "SPIRE", doc: "Settings of the SPIRE providers. A so
 		set: to(unixSocket, func(c *Config) *string { return &c.CA.EndpointSocket })},
 }}
 
-var xdsVars = group{name: "xDS", doc: "The control plane. This build has no xDS client: set `XDS_ADDRESS` to the empty string, and use a local file.", vars: []variable{
+var xdsVars = group{name: "xDS", doc: "The control plane: delta xDS of istiod, or of Cilium's agent. [control-plane.md](control-plane.md) explains what is fetched and what happens without it. The token is that of `AUTH_TOKEN`.", vars: []variable{
 	{name: "XDS_ADDRESS", typ: "URI", defDoc: "`discoveryAddress` of ProxyConfig, else as `CA_ADDRESS`", parseEmpty: true,
-		doc: "The control plane. Empty: xDS is off, the only choice in this build.", set: setXDSAddress},
-	{name: "discoveryAddress", field: true, typ: "string", doc: "The same in ProxyConfig.", since: laterXDS, set: check(parseAddress)},
-	{name: "XDS_ROOT_CA", typ: "path, `SYSTEM` or PEM", def: defaultRootFile, doc: "The roots of the connection to the control plane.", since: laterXDS,
+		doc: "The control plane, as `https://host:port` or `unix:///path`. `https://` is assumed; `http://` is refused. Empty: xDS is off.", set: setXDSAddress},
+	{name: "discoveryAddress", field: true, typ: "string", doc: "The same in ProxyConfig.", set: check(parseXDSAddress)},
+	{name: "XDS_ROOT_CA", typ: "path, `SYSTEM` or PEM", def: defaultRootFile, doc: "The roots of the connection to the control plane. A file is read again for each connection, and may come later.",
 		set: setRoot(func(c *Config) *RootCert { return &c.XDS.RootCert })},
-	{name: "ALT_XDS_HOSTNAME", typ: "string", doc: "One more accepted name of the control plane's server certificate.", since: laterXDS,
+	{name: "ALT_XDS_HOSTNAME", typ: "string", doc: "One more accepted name of the control plane's server certificate.",
 		set: to(text, func(c *Config) *string { return &c.XDS.AltHostname })},
-	{name: "XDS_HEADER_*", typ: "string", prefix: true, doc: "Extra gRPC metadata; the rest of the name, in lower case, is the key.", since: laterXDS,
+	{name: "XDS_HEADER_*", typ: "string", prefix: true, doc: "Extra gRPC metadata; the rest of the name, in lower case, is the key.",
 		set: setHeader("XDS_HEADER_", func(c *Config) *[]HeaderField { return &c.XDS.Headers })},
-	{name: "XDS_ON_DEMAND", typ: "bool", def: "false", doc: "Ask for workloads when they are needed. `true` is refused until then.", since: laterXDS,
+	{name: "XDS_ON_DEMAND", typ: "bool", def: "false", doc: "Ask for workloads and services when they are needed, instead of holding all of them. Excludes the DNS proxy.",
 		set: to(parseBool, func(c *Config) *bool { return &c.XDS.OnDemand })},
-	{name: "XDS_STALE_GRACE", typ: "duration", def: "10s", doc: "How long an entry that the server no longer names stays usable after a reconnect.", since: laterXDS, set: check(parseDuration)},
-	{name: "XDS_FULL_SET", typ: "`auto`, `never`", def: "auto", doc: "Whether the first answer of a stream may delete entries.", since: laterXDS, set: check(oneOf("auto", "never"))},
+	{name: "XDS_STALE_GRACE", typ: "duration", def: "10s", doc: "How long an entry that the server no longer names stays usable after a reconnect; `0s` = not at all. Ours.",
+		set: to(parseDuration, func(c *Config) *time.Duration { return &c.XDS.StaleGrace })},
+	{name: "XDS_FULL_SET", typ: "`auto`, `never`", def: "auto", doc: "Whether the first answer of a stream may delete what it does not name, where we could not tell the server what we hold. Ours.",
+		set: setChoice("auto", "never", func(c *Config) *bool { return &c.XDS.KeepUnnamed })},
 }}
 
-var localVars = group{name: "Local state", doc: "Workloads, services and policies from a file, in place of a control plane. Only one of the two may be set.", vars: []variable{
-	{name: "LOCAL_XDS_PATH", typ: "path", doc: "A YAML file; it is read again when it changes.",
+var localVars = group{name: "Local state", doc: "Workloads, services and policies from a file, in place of a control plane or before it: with both, the file is loaded first and xDS adds to it. Only one of the two may be set.", vars: []variable{
+	{name: "LOCAL_XDS_PATH", typ: "path", doc: "A YAML file; it is read again when it changes, unless xDS is on.",
 		set: to(nonEmpty, func(c *Config) *string { return &c.XDS.LocalPath })},
 	{name: "LOCAL_XDS", typ: "YAML", doc: "The same as text.", bulky: true,
 		set: to(text, func(c *Config) *string { return &c.XDS.LocalInline })},
@@ -141,7 +143,7 @@ var logVars = group{name: "Logging", vars: []variable{
 var metadataVars = group{name: "ProxyConfig and metadata", doc: "ProxyConfig is read from `defaultConfig` of the file `./etc/istio/config/mesh` and from `PROXY_CONFIG`, which wins field by field. Its fields `proxyAdminPort`, `statsPort`, `concurrency` and `discoveryAddress` are listed above; `proxyMetadata` is a map from string to string.", vars: []variable{
 	{name: "PROXY_CONFIG", typ: "YAML or JSON", bulky: true, doc: "ProxyConfig as text; empty = none.", set: check(text)},
 	{name: "ISTIO_META_*", prefix: true, typ: "string", doc: "Metadata, without the prefix. It wins over `proxyMetadata`.", set: check(text)},
-	{name: "ISTIO_METAJSON_*", prefix: true, bulky: true, typ: "JSON", doc: "Metadata of the xDS node. What is not JSON is skipped with a warning.", since: laterXDS, set: setMetadataJSON},
+	{name: "ISTIO_METAJSON_*", prefix: true, bulky: true, typ: "JSON", doc: "Metadata of the xDS node. What is not JSON is skipped with a warning.", set: setMetadataJSON},
 	{name: "ISTIO_META_ISTIO_VERSION", meta: "ISTIO_VERSION", typ: "string", def: "unknown", doc: "The tag label of `istio_build`.",
 		set: to(text, func(c *Config) *string { return &c.Metrics.BuildTag })},
 	{name: "KUBERNETES_SERVICE_HOST", typ: "string", doc: "Its presence decides the default of `CA_ADDRESS` and `XDS_ADDRESS`.", set: check(text)},

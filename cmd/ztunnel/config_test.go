@@ -112,10 +112,10 @@ func TestID_CF01_ConfigFromProxyConfig(t *testing.T) {
 	})
 	t.Run("both, and the environment on top", func(t *testing.T) {
 		c := mustParse(t, shared("PROXY_CONFIG="+env, "ISTIO_META_CLUSTER_ID=meta-cluster", "ISTIO_META_ISTIO_META_BAR=twice",
-			"ISTIO_META_DNS_CAPTURE=True", "XDS_ADDRESS=http://x:1", "CA_ADDRESS=ca.test:15012",
+			"ISTIO_META_DNS_CAPTURE=True", "XDS_ADDRESS=https://x:1", "CA_ADDRESS=ca.test:15012",
 			"CA_HEADER_HEADER_BAZ=baz", "XDS_HEADER_HEADER_FOO=foo", "XDS_HEADER_AUTHORIZATION=Bearer abc",
 			"ISTIO_METAJSON_A={\"x\":1}", "ISTIO_METAJSON_B=nonsense"), meshOnly)
-		if c.XDS.Address != "http://x:1" || c.CA.Address != "https://ca.test:15012" {
+		if c.XDS.Address != "https://x:1" || c.CA.Address != "https://ca.test:15012" {
 			t.Errorf("addresses: got %q %q", c.XDS.Address, c.CA.Address)
 		}
 		if c.Proxy.ClusterID != "meta-cluster" {
@@ -250,12 +250,21 @@ func TestID_CF04_Validation(t *testing.T) {
 		{"cpu limit", "ZTUNNEL_CPU_LIMIT=1.5", "invalid env var ZTUNNEL_CPU_LIMIT=1.5 ("},
 		{"memory", "ZTUNNEL_MEMORY_LIMIT=much", "(must be a positive memory quantity"},
 		{"grace", "TERMINATION_GRACE_PERIOD_SECONDS=-3", "invalid env var TERMINATION_GRACE_PERIOD_SECONDS=-3 ("},
-		{"xDS", "XDS_ADDRESS=istiod:15012", `set XDS_ADDRESS="" and LOCAL_XDS_PATH`},
-		{"xDS unset", "-XDS_ADDRESS", `(the default; xDS is not supported by this build yet`},
+		{"xDS", "XDS_ADDRESS=istiod:15012", ""},
+		{"xDS unset", "-XDS_ADDRESS", ""},
+		{"xDS without a file", "XDS_ADDRESS=istiod:15012;-LOCAL_XDS_PATH", ""},
+		{"xDS over a socket", "XDS_ADDRESS=unix:///run/xds.sock", ""},
+		{"xDS in the clear", "XDS_ADDRESS=http://istiod:15010", "invalid env var XDS_ADDRESS=http://istiod:15010 (invalid uri: http is refused"},
+		{"xDS in the clear, in ProxyConfig", "-XDS_ADDRESS;PROXY_CONFIG={discoveryAddress: 'http://x:1'}", "discoveryAddress=http://x:1 in PROXY_CONFIG (invalid uri: http is refused"},
+		{"xDS over a relative socket", "XDS_ADDRESS=unix://run/xds.sock", "(invalid uri: must be unix:///path)"},
+		{"xDS with credentials", "XDS_ADDRESS=https://a:sesame@x", "XDS_ADDRESS=<redacted> (invalid uri: user information"},
 		{"xDS address", "XDS_ADDRESS=ftp://x", "(invalid uri: scheme"},
-		{"on demand", "XDS_ON_DEMAND=true", "on-demand xDS is not supported"},
+		{"on demand", "XDS_ON_DEMAND=true;XDS_ADDRESS=x", ""},
+		{"stale grace", "XDS_STALE_GRACE=long", "invalid env var XDS_STALE_GRACE=long ("},
+		{"full set", "XDS_FULL_SET=always", "(must be one of auto, never)"},
 		{"on demand with DNS", "XDS_ON_DEMAND=true;ISTIO_META_DNS_CAPTURE=true", "DNS proxy does not currently support on-demand mode"},
-		{"root neither path nor PEM", "CA_ROOT_CA=/missing.pem", "(must be the path of a file that exists, SYSTEM, or PEM text)"},
+		{"root neither path nor PEM", "CA_ROOT_CA=system", "(must be the path of a file, SYSTEM, or PEM text"},
+		{"root that comes later", "CA_ROOT_CA=/missing.pem;XDS_ROOT_CA=root.pem", ""},
 		{"root system", "CA_ROOT_CA=SYSTEM;XDS_ROOT_CA=-----BEGIN CERTIFICATE-----", ""},
 		{"header key", "CA_HEADER_A B=x", "failed to parse header key: CA_HEADER_A B"},
 		{"header value", "XDS_HEADER_A=x\ny", "failed to parse header value"},
@@ -323,7 +332,7 @@ func TestLoad_ReportsEverythingAtOnce(t *testing.T) {
 		t.Fatalf("got %T, want *ConfigError", err)
 	}
 	text := err.Error()
-	for _, want := range []string{"ENABLE_PROXY=2", "SECRET_TTL=x", "RUST_LOG==", "PROXY_MODE=shared (the default;", "XDS_ADDRESS=https://localhost:15012 (the default;"} {
+	for _, want := range []string{"ENABLE_PROXY=2", "SECRET_TTL=x", "RUST_LOG==", "PROXY_MODE=shared (the default;"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in:\n%s", want, text)
 		}
@@ -347,9 +356,10 @@ func TestLoad_Warnings(t *testing.T) {
 		{"LOG_FORMAT=json", ""},
 		{"ISTIO_METAJSON_X={", "ISTIO_METAJSON_X"},
 		{"-LOCAL_XDS_PATH", "LOCAL_XDS_PATH"},
+		{"XDS_ON_DEMAND=true", "XDS_ON_DEMAND"},
 		{"INPOD_ENABLED=whatever", ""},
 		{"PREFERED_SERVICE_NAMESPACE=a", "PREFERED_SERVICE_NAMESPACE"},
-		{"LOCALHOST_APP_TUNNEL=false", "LOCALHOST_APP_TUNNEL"},
+		{"LOCALHOST_APP_TUNNEL=false", ""},
 	}
 	for _, tt := range tests {
 		_, warnings, err := Load(with(tt.env), files(nil))

@@ -222,7 +222,26 @@ func parseAddress(s string) (string, error) {
 	case u.Scheme != "http" && u.Scheme != "https":
 		return "", fmt.Errorf("invalid uri: scheme %q: want https, http or unix", u.Scheme)
 	}
-	return s, nil
+	// The scheme in lower case, which url.Parse has made.
+	_, rest, _ := strings.Cut(s, "://")
+	return u.Scheme + "://" + rest, nil
+}
+
+// parseXDSAddress is parseAddress for the control plane: encrypted, or a unix
+// socket, which is returned as unix:///path. "" means that there is none.
+func parseXDSAddress(s string) (string, error) {
+	if path, ok := strings.CutPrefix(s, "unix:"); ok {
+		path = strings.TrimPrefix(path, "//")
+		if _, err := parseSocket("unix:"+path, "unix:///path"); err != nil {
+			return "", fmt.Errorf("invalid uri: %w", err)
+		}
+		return "unix://" + path, nil
+	}
+	address, err := parseAddress(s)
+	if err == nil && strings.HasPrefix(address, "http://") {
+		return "", errors.New("invalid uri: http is refused, since the token would cross the network in the clear: want https or unix")
+	}
+	return address, err
 }
 
 // errUserinfo refuses credentials in a URI. Whoever reports it must not show the

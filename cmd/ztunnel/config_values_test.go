@@ -78,6 +78,7 @@ func TestParseAddress(t *testing.T) {
 		"":                "",
 		"istiod:15012":    "https://istiod:15012",
 		"http://x":        "http://x",
+		"HTTP://X":        "http://X",
 		"unix:///run/x":   "unix:///run/x",
 		"[2001:db8::1]:1": "https://[2001:db8::1]:1",
 	} {
@@ -88,6 +89,49 @@ func TestParseAddress(t *testing.T) {
 	for _, in := range []string{"https://", "a b", "x:y:z", "ftp://x", "http://[::1", "%zz"} {
 		if got, err := parseAddress(in); err == nil || !strings.HasPrefix(err.Error(), "invalid uri: ") {
 			t.Errorf("parseAddress(%q): got %q, %v, want an error", in, got, err)
+		}
+	}
+}
+
+func TestParseXDSAddress(t *testing.T) {
+	for in, want := range map[string]string{
+		"":                      "",
+		"istiod:15012":          "https://istiod:15012",
+		"https://istiod:15012":  "https://istiod:15012",
+		"unix:///run/xds.sock":  "unix:///run/xds.sock",
+		"unix:/run/xds.sock":    "unix:///run/xds.sock",
+		"https://[2001:db8::1]": "https://[2001:db8::1]",
+	} {
+		if got, err := parseXDSAddress(in); err != nil || got != want {
+			t.Errorf("parseXDSAddress(%q): got %q, %v, want %q", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"http://x", "HTTP://x", "unix:x", "unix://", "unix://run/x", "unix:///" + strings.Repeat("x", maxSocketPath), "ftp://x", "https://"} {
+		if got, err := parseXDSAddress(in); err == nil || !strings.HasPrefix(err.Error(), "invalid uri: ") {
+			t.Errorf("parseXDSAddress(%q): got %q, %v, want an error", in, got, err)
+		}
+	}
+}
+
+// What looks like a path is one, also before the file is there.
+func TestLoad_FilesThatComeLater(t *testing.T) {
+	for text, want := range map[string]RootCert{
+		"/roots/root.pem":              {File: "/roots/root.pem"},
+		"root.pem":                     {File: "root.pem"},
+		"./a/b":                        {File: "./a/b"},
+		"SYSTEM":                       {},
+		"-----BEGIN CERTIFICATE-----x": {Inline: "-----BEGIN CERTIFICATE-----x"},
+	} {
+		c := mustParse(t, with("XDS_ROOT_CA="+text, "CA_ROOT_CA="+text), nil)
+		if c.XDS.RootCert != want || c.CA.RootCert != want {
+			t.Errorf("%q: got %+v and %+v, want %+v", text, c.XDS.RootCert, c.CA.RootCert, want)
+		}
+	}
+	for text, want := range map[string]TokenSource{
+		"/run/token": {File: "/run/token"}, "./token": {File: "./token"}, "eyJhbGciOi.abc/d": {Token: "eyJhbGciOi.abc/d"},
+	} {
+		if got := mustParse(t, with("AUTH_TOKEN="+text), nil).CA.Token; got != want {
+			t.Errorf("AUTH_TOKEN=%s: got %+v, want %+v", text, got, want)
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/proxy"
 	"github.com/ztunnel-go/ztunnel/state"
+	"github.com/ztunnel-go/ztunnel/xds"
 )
 
 // dump returns the top keys of /config_dump (spec/identity-admin-inpod.md §4.3).
@@ -52,7 +53,9 @@ type ourDump struct {
 	Connections  connectionsDump   `json:"connections"`
 	LocalError   string            `json:"localConfigError,omitempty"`
 	CAError      string            `json:"caConfigError,omitempty"`
+	XDS          *xds.Status       `json:"xds,omitempty"` // absent when xDS is off
 	Pending      []string          `json:"pending"`
+	Reasons      map[string]string `json:"pendingReasons,omitempty"`
 	Origins      map[string]string `json:"configOrigins"`
 }
 
@@ -99,7 +102,11 @@ type connectionDump struct {
 func (n *node) dumpOurs(certs []ca.Status) any {
 	d := ourDump{
 		Certificates: []ourCertificate{}, Connections: dumpConnections(n.proxy.Connections()),
-		Pending: append([]string{}, n.ready.Pending()...), Origins: map[string]string{},
+		Pending: append([]string{}, n.ready.Pending()...), Reasons: n.ready.Reasons(), Origins: map[string]string{},
+	}
+	if n.xds != nil {
+		status := n.xds.Status()
+		d.XDS = &status
 	}
 	for _, s := range certs {
 		d.Certificates = append(d.Certificates, dumpOurCertificate(s))

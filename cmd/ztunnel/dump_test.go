@@ -9,6 +9,8 @@ import (
 	"github.com/ztunnel-go/ztunnel/admin"
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/catest"
+	"github.com/ztunnel-go/ztunnel/proxy"
+	"github.com/ztunnel-go/ztunnel/xds"
 )
 
 // TestD23_DumpCertificates: the states in istioctl's words, and the facts beside
@@ -50,4 +52,29 @@ func TestD23_DumpCertificates(t *testing.T) {
 			t.Errorf("entry %d: state %q, facts %s, %v; want %q, %s", i, e.State, have, err, statuses[i].Text, want)
 		}
 	}
+}
+
+// TestDump_XDS: what stands under ztunnelGo of the control plane, and of the tasks
+// that wait for it.
+func TestDump_XDS(t *testing.T) {
+	now := time.Date(2026, 8, 21, 11, 0, 0, 0, time.UTC)
+	d := ourDump{
+		Certificates: []ourCertificate{}, Connections: dumpConnections(proxy.Connections{}),
+		Pending: []string{"proxy", "state manager"}, Reasons: map[string]string{"state manager": "connection refused"}, Origins: map[string]string{},
+		XDS: &xds.Status{
+			Address: "https://istiod:15012", Since: now, LastError: "connection refused", OnDemand: true,
+			Types: []xds.TypeStatus{
+				{TypeURL: "type.googleapis.com/istio.workload.Address", Rejected: []xds.RejectedResource{}},
+				{
+					TypeURL: "type.googleapis.com/istio.security.Authorization", LastResponse: now, Resources: 7, Stale: 1, RejectedCount: 1,
+					Rejected: []xds.RejectedResource{{Name: "ns/policy", Reason: "invalid cidr"}},
+				},
+			},
+		},
+	}
+	text, err := admin.EncodeDump(map[string]any{"ztunnelGo": d})
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "dump_xds", string(text)+"\n")
 }

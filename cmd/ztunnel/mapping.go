@@ -15,6 +15,7 @@ import (
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
+	"github.com/ztunnel-go/ztunnel/xds"
 	worldlocal "github.com/ztunnel-go/ztunnel/xds/local"
 )
 
@@ -113,6 +114,7 @@ func stateConfig(cfg *Config) state.Config {
 	c := state.Config{
 		NodeName: cfg.Proxy.Node, Network: cfg.Proxy.Network, ClusterID: cfg.Proxy.ClusterID,
 		DefaultTrustDomain: cfg.CA.DefaultTrustDomain, TrustDomainAliases: cfg.CA.TrustDomainAliases,
+		OnDemand: cfg.XDS.OnDemand && cfg.XDS.Address != "",
 	}
 	if cfg.Authz.MatchForeignIdentity {
 		c.AuthzForeignTrustDomain = state.MatchForeign
@@ -124,7 +126,32 @@ func stateConfig(cfg *Config) state.Config {
 }
 
 func worldConfig(cfg *Config) worldlocal.Config {
-	return worldlocal.Config{Path: cfg.XDS.LocalPath, Inline: cfg.XDS.LocalInline, ClusterID: cfg.Proxy.ClusterID}
+	return worldlocal.Config{
+		Path: cfg.XDS.LocalPath, Inline: cfg.XDS.LocalInline, ClusterID: cfg.Proxy.ClusterID, Once: cfg.XDS.Address != "",
+	}
+}
+
+// xdsConfig is that of the control plane. The token is that for the CA.
+func xdsConfig(cfg *Config) xds.Config {
+	x, p := cfg.XDS, cfg.Proxy
+	headers := make([]xds.Header, 0, len(x.Headers))
+	for _, h := range x.Headers {
+		headers = append(headers, xds.Header{Name: h.Name, Value: h.Value})
+	}
+	c := xds.Config{
+		Address: x.Address, RootFile: x.RootCert.File, RootPEM: x.RootCert.Inline, AltHostname: x.AltHostname, Headers: headers,
+		TokenFile: cfg.CA.Token.File, Token: cfg.CA.Token.Token, ClusterID: p.ClusterID,
+		TLS12: cfg.TLS.AllowTLS12 && !cfg.TLS.PostQuantum, PQC: cfg.TLS.PostQuantum,
+		Node: xds.Node{
+			PodName: p.PodName, PodNamespace: p.PodNamespace, InstanceIP: p.InstanceIP, NodeName: p.Node,
+			Metadata: p.Metadata, MetadataJSON: p.MetadataJSON,
+		},
+		OnDemand: x.OnDemand, StaleGrace: explicit(x.StaleGrace),
+	}
+	if x.KeepUnnamed {
+		c.FullSet = xds.FullSetNever
+	}
+	return c
 }
 
 // hboneConfig is that of the tunnels of both roles. 0 means the default there,

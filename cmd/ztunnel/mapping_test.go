@@ -27,7 +27,7 @@ func produced(t *testing.T, cfg *Config) string {
 		providers = append(providers, signer, localCAConfig(trust, p), delegatedConfig(cfg, trust, p), broker, workloadConfig(p))
 	}
 	return fmt.Sprintf("%+v\n", []any{
-		stateConfig(cfg), worldConfig(cfg), hboneConfig(cfg), queueLimit(cfg), dataPathConfig(cfg), metricsConfig(cfg), hostConfig(cfg),
+		stateConfig(cfg), worldConfig(cfg), xdsConfig(cfg), hboneConfig(cfg), queueLimit(cfg), dataPathConfig(cfg), metricsConfig(cfg), hostConfig(cfg),
 		logConfig(cfg), providers, cfg.CA.Routes, cfg.Proxy.WorkloadPID, managerConfig(cfg, trust), tlsOptions(cfg, trust), crlConfig(cfg), cfg.serverConfig(),
 		cfg.Proxy.TerminationDeadline, cfg.Proxy.WorkerThreads, cfg.Metrics.BuildTag,
 	})
@@ -38,7 +38,7 @@ func produced(t *testing.T, cfg *Config) string {
 func TestEverySettingIsUsed(t *testing.T) {
 	read := files(map[string]string{"/world.yaml": "", "/ca": "", "/root.pem": "", "/ca.yaml": "providers: [{name: local, dir: /ca}]"})
 	changed := map[string]string{ // a value that is not the default
-		"PROXY_WORKLOAD_INFO": "a/b/c", "NODE_NAME": "x", "NETWORK": "x", "CLUSTER_ID": "x", "ENABLE_RESPONSE_BAGGAGE": "false",
+		"PROXY_WORKLOAD_INFO": "a/b/c", "NODE_NAME": "x", "NETWORK": "x", "CLUSTER_ID": "x", "LOCALHOST_APP_TUNNEL": "false", "ENABLE_RESPONSE_BAGGAGE": "false",
 		"CONNECTION_TERMINATION_DEADLINE": "1m", "TERMINATION_GRACE_PERIOD_SECONDS": "100",
 		"ZTUNNEL_WORKER_THREADS": "777", "concurrency": "777", "ZTUNNEL_RESOURCE_CPU_LIMIT": "777", "ZTUNNEL_RESOURCE_CPU_REQUEST": "777",
 		"ZTUNNEL_CPU_LIMIT": "7777", "ZTUNNEL_MEMORY_LIMIT": "1Gi",
@@ -54,6 +54,8 @@ func TestEverySettingIsUsed(t *testing.T) {
 		"SPIRE_REFERENCE": "pid", "SVID_WITHDRAW_GRACE": "1s", "SPIFFE_BROKER_SOCKET": "/x", "SPIFFE_BROKER_WORKLOAD_API_SOCKET": "/x",
 		"SPIFFE_BROKER_WORKLOAD_API_SPIFFE_ID": "spiffe://x/y", "SPIFFE_BROKER_ATTESTATION": "pid", "SPIFFE_BROKER_TIMEOUT": "1s", "SPIFFE_ENDPOINT_SOCKET": "/x",
 		"CA_LOCAL_DIR": "/ca", "SECRET_TTL": "1h", "CA_LINGER": "1s", "CRL_PATH": "/crl", "SVID_VALIDATION": "strict", "DEFAULT_TRUST_DOMAIN": "x", "TRUST_DOMAIN_ALIASES": "x",
+		"POD_NAME": "x", "POD_NAMESPACE": "x", "INSTANCE_IP": "x", "discoveryAddress": "x", "XDS_ROOT_CA": "/root.pem", "ALT_XDS_HOSTNAME": "x",
+		"XDS_ADDRESS": "x", "XDS_HEADER_*": "XDS_HEADER_X=y", "XDS_ON_DEMAND": "true", "XDS_STALE_GRACE": "1s", "XDS_FULL_SET": "never", "ISTIO_METAJSON_*": "ISTIO_METAJSON_X=7",
 		"LOCAL_XDS_PATH": "/world.yaml", "LOCAL_XDS": "workloads: []",
 		"AUTHZ_POLICY_INFO_LOGGING": "true", "AUTHZ_MISSING_POLICY": "deny", "AUTHZ_FOREIGN_TRUST_DOMAIN": "match",
 		"TLS12_ENABLED": "true", "COMPLIANCE_POLICY": "pqc",
@@ -64,7 +66,7 @@ func TestEverySettingIsUsed(t *testing.T) {
 	elsewhere := map[string]string{ // why a row does not stand above
 		"ENABLE_PROXY":                "false is refused: TestID_CF04_Validation",
 		"PROXY_MODE":                  "shared is refused: TestID_CF04_Validation",
-		"XDS_ADDRESS":                 "others than the empty one are refused: TestID_CF04_Validation",
+		"SERVICE_ACCOUNT":             "is shown only: TestID_AD02_ConfigDump",
 		"FAKE_CA":                     "means CA_PROVIDER=local: TestID_CF04_Validation",
 		"SPIRE_ENABLED":               "means CA_PROVIDER=spire-delegated: TestProviderAliases",
 		"CONTAINER_RUNTIME_SOCK_PATH": "has no effect, and says so",
@@ -88,7 +90,10 @@ func TestEverySettingIsUsed(t *testing.T) {
 			case v.prefix:
 				env = text
 			}
-			base := with("-LOCAL_XDS_PATH")
+			base := with("-LOCAL_XDS_PATH", "XDS_ADDRESS=istiod:1")
+			if v.name == "discoveryAddress" {
+				base = with("-LOCAL_XDS_PATH", "-XDS_ADDRESS")
+			}
 			if v.name == "CA_CONFIG" {
 				base = with("-LOCAL_XDS_PATH", "-CA_PROVIDER")
 			}

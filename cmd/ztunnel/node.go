@@ -21,6 +21,7 @@ import (
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
+	"github.com/ztunnel-go/ztunnel/xds"
 	"github.com/ztunnel-go/ztunnel/xds/local"
 )
 
@@ -33,14 +34,15 @@ type node struct {
 
 	registry *prometheus.Registry
 	store    *state.Store
-	world    *local.Source
+	world    *local.Source // nil without a local file
+	xds      *xds.Client   // nil when xDS is off
 	certs    *ca.Manager
 	crls     *ca.CRLs       // nil without a file
 	caConfig *caConfigWatch // nil without CA_CONFIG
 	proxy    *proxy.Proxy
 
 	ready                         *admin.Ready
-	proxyReady                    func() // completes the readiness task of the proxy
+	stateReady, proxyReady        func() // complete the readiness tasks "state manager" and "proxy"
 	admin, stats, readiness       *admin.Server
 	adminLn, statsLn, readinessLn []net.Listener
 
@@ -73,12 +75,18 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	if err := n.loadState(registry); err != nil {
 		return nil, err
 	}
+	if err := n.newControlPlane(registry); err != nil {
+		return nil, err
+	}
 	if err := n.newManager(trust, parts.backends); err != nil {
 		return nil, err
 	}
 	data := dataPathConfig(cfg)
 	data.Network, data.Store, data.Certs, data.Log = parts.network, n.store, n.certs, n.slog
 	data.PIDFD = parts.pidfd
+	if n.xds != nil && cfg.XDS.OnDemand {
+		data.Demand = n.xds.Demand
+	}
 	data.Metrics = proxy.NewMetrics(registry, metricsConfig(cfg))
 	data.TLS = tlsOptions(cfg, trust)
 	data.TLS.Tolerated = countTolerated(registry)
@@ -160,7 +168,9 @@ func registerLog(registry *prometheus.Registry, log *zlog.Log) {
 // configuration.
 func (n *node) loadState(registry *prometheus.Registry) error {
 	if n.cfg.XDS.LocalPath == "" && n.cfg.XDS.LocalInline == "" {
-		n.app.Warn("no local state: set LOCAL_XDS_PATH or LOCAL_XDS; until then every destination is unknown, and so is the local workload")
+		if n.cfg.XDS.Address == "" {
+			n.app.Warn("no xDS and no local state: set XDS_ADDRESS, LOCAL_XDS_PATH or LOCAL_XDS; until then every destination is unknown, and so is the local workload")
+		}
 		return nil
 	}
 	loads := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -223,10 +233,12 @@ func (n *node) newServers(registry *prometheus.Registry) (err error) {
 	const drain = time.Second
 	n.ready = admin.NewReady(n.slog)
 	n.proxyReady = n.ready.Register("proxy")
+	n.stateReady = n.ready.Register("state manager")
+	n.ready.Explain("state manager", n.gateReason)
 	n.readiness = admin.NewReadiness(n.ready, drain, n.slog)
 	n.stats = admin.NewStats(registry, drain, n.slog)
 	n.admin, err = admin.New(admin.Config{
-		Dump: n.dump, Levels: n.log, Drain: drain, Log: n.slog,
+		Dump: n.dump, Levels: n.log, Drain: drain, Log: n.slog, Pages: n.pages(),
 		Quit: func() {
 			select {
 			case n.quit <- struct{}{}:
@@ -312,8 +324,7 @@ func (n *node) run(ctx context.Context) error {
 	defer stop()
 	defer notReady()
 	done := make(chan error, 1)
-	parts.Go(func() { done <- n.proxy.Run(data) })
-	n.proxyReady()
+	parts.Go(func() { done <- n.runDataPath(data, probes) })
 
 	var cause, failure error
 	select {
@@ -381,6 +392,9 @@ func (n *node) startParts(support, probes context.Context, failed chan<- error) 
 	}
 	if n.world != nil {
 		part(support, "local state", n.world.Run)
+	}
+	if n.xds != nil {
+		part(support, "xDS", n.runXDS)
 	}
 	return &parts
 }
