@@ -2,7 +2,9 @@ package xdstest
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -23,12 +25,17 @@ type Resource struct {
 	Aliases []string
 	Value   []byte // of the payload; nil sends none, as in a heartbeat
 	Version string // "" leaves it to the personality
+	// Node and Services (namespace/hostname) are those of a workload: on demand,
+	// istiod sends unasked what is on the client's node, and the endpoints of the
+	// services that it has asked for.
+	Node     string
+	Services []string
 }
 
 // Workload makes the resource of a workload, named and with aliases as istiod
 // does. It panics if w cannot be encoded.
 func Workload(w *workloadpb.Workload) Resource {
-	r := Resource{TypeURL: AddressType, Name: w.GetUid()}
+	r := Resource{TypeURL: AddressType, Name: w.GetUid(), Node: w.GetNode(), Services: slices.Sorted(maps.Keys(w.GetServices()))}
 	for _, a := range w.GetAddresses() {
 		r.Aliases = append(r.Aliases, alias(w.GetNetwork(), a))
 	}

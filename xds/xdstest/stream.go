@@ -35,6 +35,7 @@ type stream struct {
 // subscription is what a client wants of one type, and what it has.
 type subscription struct {
 	wildcard bool
+	node     string            // of the client
 	names    map[string]bool   // when it is no wildcard; aliases, too
 	has      map[string]string // name → token
 	asked    []string          // names to be answered, whatever the client has
@@ -179,6 +180,7 @@ func (st *stream) subscribe(r *discoverypb.DeltaDiscoveryRequest) error {
 	}
 	sub := &subscription{
 		wildcard: st.personality == Cilium || len(r.GetResourceNamesSubscribe()) == 0,
+		node:     r.GetNode().GetMetadata().GetFields()["NODE_NAME"].GetStringValue(),
 		names:    make(map[string]bool),
 		has:      make(map[string]string),
 	}
@@ -282,7 +284,9 @@ func (st *stream) response(typeURL string, sub *subscription) *discoverypb.Delta
 
 // wants reports whether a client that does not have e is sent it.
 func (sub *subscription) wants(e *entry) bool {
-	return sub.wildcard || sub.names[e.Name] || slices.ContainsFunc(e.Aliases, func(a string) bool { return sub.names[a] })
+	named := func(name string) bool { return sub.names[name] }
+	return sub.wildcard || named(e.Name) || slices.ContainsFunc(e.Aliases, named) || slices.ContainsFunc(e.Services, named) ||
+		e.Node != "" && e.Node == sub.node
 }
 
 func (st *stream) wire(e *entry) *discoverypb.Resource {
