@@ -63,6 +63,7 @@ func TestInterop(t *testing.T) {
 			})
 		})
 	}
+	t.Run("xDS", func(t *testing.T) { checkInteropXDS(t, theirs) })
 	t.Run("source alone", func(t *testing.T) { // N-02 with a peer
 		newPair(t, world.PairOptions{CaptureClient: true, Source: theirs}).checkExchange()
 	})
@@ -73,6 +74,26 @@ func TestInterop(t *testing.T) {
 		t.Run("N-20", func(t *testing.T) { newPair(t, o).checkIPMismatch() })
 		t.Run("N-24", func(t *testing.T) { newPair(t, o).checkTrustDomain() })
 	})
+}
+
+// checkInteropXDS feeds both implementations from one control plane, of which the
+// peer thus also says that it speaks the protocol.
+func checkInteropXDS(t *testing.T, theirs world.ProxyOptions) {
+	var ours world.ProxyOptions
+	for _, role := range []struct {
+		name         string
+		source, dest world.ProxyOptions
+	}{{"source", theirs, ours}, {"destination", ours, theirs}} {
+		o := world.PairOptions{CaptureClient: true, CaptureServ: true, Source: role.source, Dest: role.dest}
+		o.Source.XDS, o.Dest.XDS = true, true
+		t.Run("N-04 "+role.name, func(t *testing.T) { newPair(t, o).checkExchange() })
+		t.Run("policy push "+role.name, func(t *testing.T) { checkPolicyPush(t, o) })
+		t.Run("N-16 "+role.name, func(t *testing.T) { checkLoadBalancing(t, role.source, role.dest) })
+	}
+	t.Run("N-08", func(t *testing.T) { checkWorkloadWaypoint(t, theirs) })
+	t.Run("N-09", func(t *testing.T) { checkDoubleHBONE(t, theirs) })
+	t.Run("N-21", func(t *testing.T) { checkServiceHostname(t, theirs, 8080) })
+	t.Run("N-22", func(t *testing.T) { checkServiceHostname(t, theirs, 0) })
 }
 
 // checkDenied expects that port ChatPort is denied at the destination, and that

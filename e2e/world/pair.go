@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
+	"github.com/ztunnel-go/ztunnel/xds/xdstest"
 )
 
 // Pair is a client and a server pod with the application "server" and, where
@@ -30,6 +31,9 @@ type PairOptions struct {
 	CaptureClient, CaptureServ bool
 	Source, Dest               ProxyOptions
 	Policies                   string
+
+	Personality xdstest.Personality // as World.Personality
+	XDSSocket   bool                // as World.XDSSocket
 }
 
 // BothCaptured is the pair with a tunnel between its pods.
@@ -40,6 +44,9 @@ func NewPair(t *testing.T, o PairOptions) *Pair {
 	t.Helper()
 	p := NewPods(t, o)
 	p.WriteConfig()
+	if o.Source.XDS || o.Dest.XDS {
+		p.PublishPods()
+	}
 	if o.CaptureServ {
 		p.Dest = p.Server.StartProxy(o.Dest)
 	}
@@ -54,6 +61,7 @@ func NewPods(t *testing.T, o PairOptions) *Pair {
 	t.Helper()
 	p := &Pair{World: New(t), OtherImplemented: o.Source.Peer || o.Dest.Peer}
 	p.Policies = o.Policies
+	p.Personality, p.XDSSocket = o.Personality, o.XDSSocket
 	p.Client = p.AddPod("client", 1)
 	serverNode := 2
 	if o.SameNode {
@@ -83,6 +91,24 @@ func (p *Pair) Dial(port uint16) netns.Conn {
 		p.T.Fatal(err)
 	}
 	return c
+}
+
+// Exchange connects an application in the pod to dst for one message and its
+// answer.
+func (p *Pod) Exchange(dst netip.AddrPort, send, want string) {
+	t := p.W.T
+	t.Helper()
+	c, err := p.Net.Dial(p.W.Ctx, netip.Addr{}, dst)
+	if err != nil {
+		t.Fatalf("%s to %v: %v", p.Name, dst, err)
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if err := Exchange(c, send, want); err != nil {
+		t.Fatalf("%s to %v: %v", p.Name, dst, err)
+	}
 }
 
 // Exchange sends and expects an answer.

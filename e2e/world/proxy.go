@@ -19,6 +19,7 @@ import (
 type ProxyOptions struct {
 	Bin  string // empty: ZTUNNEL_BIN
 	Peer bool   // another implementation: less can be asserted of it
+	XDS  bool   // the state comes from the world's control plane, not from the local file
 	// Credentials is the environment that leads to the certificates of a pod; nil
 	// = the embedded CA, with the world's directory.
 	Credentials func(*Pod) []string
@@ -100,14 +101,17 @@ func (p *Pod) LaunchProxy(o ProxyOptions) *Proxy {
 		"PACKET_MARK=1337",
 		"ENABLE_ORIG_SRC=true",
 		"IPV6_ENABLED=true",
-		"XDS_ADDRESS=",
-		"LOCAL_XDS_PATH=" + p.W.ConfigFile(),
 		"NODE_NAME=" + p.Node.Name,
 		"CLUSTER_ID=Kubernetes",
 		"LOG_FORMAT=json",
 		"RUST_LOG=info",
 		"CONNECTION_TERMINATION_DEADLINE=10s",
 		"ZTUNNEL_WORKER_THREADS=2",
+	}
+	if o.XDS {
+		env = append(env, p.W.Control().attach(p)...)
+	} else {
+		env = append(env, "XDS_ADDRESS=", "LOCAL_XDS_PATH="+p.W.ConfigFile())
 	}
 	if o.Credentials != nil {
 		env = append(env, o.Credentials(p)...)

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
+	"github.com/ztunnel-go/ztunnel/xds/xdstest"
 )
 
 var worlds atomic.Int32
@@ -30,6 +31,12 @@ type World struct {
 
 	Policies string // YAML list items of the local configuration, in block style
 	Services string // the same in flow style
+
+	// How the control plane behaves that serves proxies with ProxyOptions.XDS; it
+	// must be set before the first use of Control.
+	Personality xdstest.Personality
+	XDSSocket   bool // on a unix socket, without TLS
+	control     *ControlPlane
 
 	id  string // first part of the name of every namespace
 	lan string // namespace of the bridge
@@ -55,6 +62,7 @@ type Pod struct {
 	Addr6       netip.Addr
 	Services    string // YAML flow mapping of the services that the pod serves
 	Captured    bool
+	attached    bool       // to the control plane
 	Net         *netns.Pod // sockets of an application in the pod
 }
 
