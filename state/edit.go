@@ -65,6 +65,9 @@ func (e *editor) isStale(w *workload) bool {
 func (e *editor) begin(t *tables) { e.t = t }
 
 func (e *editor) insert(p *prepared) {
+	if len(e.t.workloads) == 0 {
+		e.t.workloads = make(map[string]*workload, len(p.workloads))
+	}
 	for i, w := range p.workloads {
 		e.insertWorkload(w, p.endpoints[i])
 	}

@@ -185,29 +185,43 @@ func (k *touched) any() bool {
 
 // repeat carries over what stands under the keys to the other copy.
 func (k *touched) repeat(from, to *tables) {
-	carry(k.workloads, from.workloads, to.workloads)
-	carry(k.local, from.local, to.local)
-	carry(k.named, from.named, to.named)
-	for _, a := range k.addresses {
-		to.setWorkloadAt(a, from.workloadAt(a.Network, a.Addr))
+	to.workloads = carry(k.workloads, from.workloads, to.workloads)
+	to.local = carry(k.local, from.local, to.local)
+	to.named = carry(k.named, from.named, to.named)
+	copied := map[string]bool{}
+	for name, n := range from.networks {
+		if m := to.network(name); len(n.workloads) > 2*len(m.workloads) {
+			m.workloads, copied[name] = maps.Clone(n.workloads), true
+		}
 	}
-	carry(k.services, from.services, to.services)
-	carry(k.hosts, from.hosts, to.hosts)
+	for _, a := range k.addresses {
+		if !copied[a.Network] {
+			to.setWorkloadAt(a, from.workloadAt(a.Network, a.Addr))
+		}
+	}
+	to.services = carry(k.services, from.services, to.services)
+	to.hosts = carry(k.hosts, from.hosts, to.hosts)
 	for _, a := range k.vips {
 		to.setVIP(a, from.vip(a))
 	}
 	for _, c := range k.cidrs {
 		to.setCIDR(c, from.cidr(c))
 	}
-	carry(k.staged, from.staged, to.staged)
+	to.staged = carry(k.staged, from.staged, to.staged)
 	to.apply(k.policies)
 }
 
-func carry[K comparable, V any](keys []K, from, to map[K]V) {
+// carry returns to with what stands in from under keys, or a copy of from, which
+// has the same content and costs less where most of it is new.
+func carry[K comparable, V any](keys []K, from, to map[K]V) map[K]V {
+	if len(from) > 2*len(to) {
+		return maps.Clone(from)
+	}
 	for _, k := range keys {
 		v, ok := from[k]
 		set(to, k, v, ok)
 	}
+	return to
 }
 
 // claims are the keys that several objects claim, each with all that do in order
