@@ -71,7 +71,7 @@ const (
 type demand struct {
 	key        string
 	state      demandState
-	subscribed bool      // on this stream; it is unsubscribed before it is asked for again
+	subscribed bool      // on this stream
 	at         time.Time // of the state
 	waiters    int
 	done       chan struct{} // closed when it is answered
@@ -133,7 +133,7 @@ func (d *demands) join(key string) (*demand, error) {
 		d.enqueue(a, now)
 		d.evict()
 	case a.state == demandDone, a.state == demandSent && now.Sub(a.at) >= demandTimeout:
-		d.enqueue(a, now) // what is subscribed would not be answered again
+		d.enqueue(a, now)
 	}
 	if a.waiters++; a.waiters == 1 {
 		if a.idle != nil {
@@ -209,7 +209,9 @@ func (d *demands) leave(a *demand) {
 }
 
 // take returns the names to be unsubscribed from and then those to be subscribed
-// to, and whether there are more.
+// to, and whether there are more. What is subscribed to would not be answered
+// again, and that may hold for any name, since the server subscribes us to what it
+// sends, be it rejected or removed later. So each name is unsubscribed from first.
 func (d *demands) take() (unsubscribe, subscribe []string, more bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -222,9 +224,7 @@ func (d *demands) take() (unsubscribe, subscribe []string, more bool) {
 		if a.state != demandQueued {
 			continue
 		}
-		if a.subscribed {
-			unsubscribe = append(unsubscribe, a.key)
-		}
+		unsubscribe = append(unsubscribe, a.key)
 		a.state, a.subscribed, a.at = demandSent, true, now
 		subscribe = append(subscribe, a.key)
 	}

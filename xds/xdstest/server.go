@@ -74,6 +74,8 @@ type Server struct {
 	paused     bool
 	refuse     error
 	requests   []Request
+	forget     bool // do not keep requests
+	count      int  // of requests
 	violations []string
 	changed    chan struct{} // closed and replaced when any of the above changes
 }
@@ -212,6 +214,30 @@ func (s *Server) Requests() []Request {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.requests)
+}
+
+// ForgetRequests keeps no more requests from now on, only their count: for tests
+// with very many of them.
+func (s *Server) ForgetRequests() { s.change(func() { s.requests, s.forget = nil, true }) }
+
+// RequestCount is how many requests there were so far.
+func (s *Server) RequestCount() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.count
+}
+
+// Subscribed is to how many names of a type open streams are subscribed.
+func (s *Server) Subscribed(typeURL string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for st := range s.streams {
+		if sub := st.types[typeURL]; sub != nil {
+			n += len(sub.names)
+		}
+	}
+	return n
 }
 
 // Streams is how many streams were opened so far, and how many are open.

@@ -111,7 +111,9 @@ func (st *stream) receive(g grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryR
 		}
 		var failed error
 		st.server.change(func() {
-			st.server.requests = append(st.server.requests, Request{Stream: st.id, Headers: st.headers, DeltaDiscoveryRequest: r})
+			if st.server.count++; !st.server.forget {
+				st.server.requests = append(st.server.requests, Request{Stream: st.id, Headers: st.headers, DeltaDiscoveryRequest: r})
+			}
 			failed = st.handle(r)
 		})
 		if failed != nil {
