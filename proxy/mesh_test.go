@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -38,6 +39,7 @@ type mesh struct {
 	ctx      context.Context
 	parts    sync.WaitGroup
 	policies []*state.Policy
+	services []*state.Service // beside those that the nodes' endpoints imply
 	nodes    []*node
 }
 
@@ -48,6 +50,7 @@ type node struct {
 	services map[state.NamespacedHostname][]state.Port
 	host     *memnet.Host
 	addr     netip.Addr
+	onDemand bool
 	store    *state.Store
 	proxy    *Proxy
 	registry *prometheus.Registry
@@ -93,6 +96,7 @@ type nodeParts struct {
 	provider ca.Provider
 	workload state.Workload
 	captured bool
+	world    state.Config // with OnDemand the node is told of itself alone, until it asks
 }
 
 func withWorkload(change func(*state.Workload)) nodeOption {
@@ -100,6 +104,11 @@ func withWorkload(change func(*state.Workload)) nodeOption {
 }
 
 func withConfig(change func(*Config)) nodeOption { return func(p *nodeParts) { change(&p.cfg) } }
+
+// inNetwork puts a node into a network.
+func inNetwork(id string) nodeOption {
+	return func(p *nodeParts) { p.workload.Network, p.cfg.NetworkID, p.world.Network = id, id, id }
+}
 
 // uncaptured makes a pod without a proxy.
 func uncaptured(p *nodeParts) {
@@ -112,8 +121,8 @@ func (m *mesh) add(name, addr string, options ...nodeOption) *node {
 	m.t.Helper()
 	n := &node{m: m, addr: netip.MustParseAddr(addr), registry: prometheus.NewRegistry(), done: make(chan struct{})}
 	n.host = m.net.Host(n.addr)
-	n.store = state.New(state.Config{NodeName: "node-" + name})
 	parts := nodeParts{
+		world:    state.Config{NodeName: "node-" + name},
 		provider: m.ca,
 		captured: true,
 		workload: state.Workload{
@@ -122,7 +131,7 @@ func (m *mesh) add(name, addr string, options ...nodeOption) *node {
 			WorkloadName: name, WorkloadType: "deployment", CanonicalName: name, CanonicalRevision: "v1", ClusterID: "Kubernetes",
 		},
 		cfg: Config{
-			Network: n.host, Store: n.store,
+			Network:      n.host,
 			Local:        state.Ref{Namespace: "default", Name: name, ServiceAccount: name},
 			OutboundAddr: netip.MustParseAddrPort("[::]:15001"), InboundAddr: netip.MustParseAddrPort("[::]:15008"),
 			PassthroughAddr: netip.MustParseAddrPort("[::]:15006"), IllegalPorts: []uint16{15001, 15006, 15008},
@@ -133,7 +142,8 @@ func (m *mesh) add(name, addr string, options ...nodeOption) *node {
 	for _, o := range options {
 		o(&parts)
 	}
-	n.w = &parts.workload
+	n.w, n.store, n.onDemand = &parts.workload, state.New(parts.world), parts.world.OnDemand
+	parts.cfg.Store = n.store
 	m.nodes = append(m.nodes, n)
 	m.push()
 	m.echo(n.host, netip.AddrPortFrom(n.addr, echoPort))
@@ -185,8 +195,11 @@ func (n *node) stop(cause error) {
 // push gives every store the whole world.
 func (m *mesh) push() {
 	m.t.Helper()
-	u := state.Update{Policies: m.policies}
+	u := state.Update{Policies: m.policies, Services: slices.Clone(m.services)}
 	seen := map[state.NamespacedHostname]bool{}
+	for _, svc := range m.services {
+		seen[svc.Key()] = true
+	}
 	for i, n := range m.nodes {
 		u.Workloads = append(u.Workloads, state.WorkloadUpdate{Workload: n.w, Endpoints: n.services})
 		for key, ports := range n.services {
@@ -200,7 +213,11 @@ func (m *mesh) push() {
 		}
 	}
 	for _, n := range m.nodes {
-		if err := n.store.Replace(u); err != nil {
+		told := u
+		if n.onDemand {
+			told.Services, told.Workloads = nil, []state.WorkloadUpdate{{Workload: n.w}}
+		}
+		if err := n.store.Replace(told); err != nil {
 			m.t.Fatal(err)
 		}
 	}
@@ -262,7 +279,7 @@ func (n *node) mustDial(dst netip.AddrPort) netns.Conn {
 }
 
 // roundTrip sends text and wants it back.
-func roundTrip(c netns.Conn, text string) error {
+func roundTrip(c io.ReadWriter, text string) error {
 	if _, err := c.Write([]byte(text)); err != nil {
 		return err
 	}

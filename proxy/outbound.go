@@ -162,7 +162,7 @@ func connectFailed(err error) outcome {
 
 // connectRetried connects to the route's next hop. When that fails before any
 // byte of the application was taken, a service gets a second chance with another
-// endpoint, once (design D8). It returns the route that was taken, which is
+// next hop, once (design D8). It returns the route that was taken, which is
 // tracked until untrack is called.
 func (p *Proxy) connectRetried(ctx context.Context, src netip.AddrPort, query state.Query, route state.Route) (_ state.Route, up upstream, untrack func(), err error) {
 	track := func(r state.Route) func() {
@@ -174,9 +174,8 @@ func (p *Proxy) connectRetried(ctx context.Context, src netip.AddrPort, query st
 	if err == nil || route.Service == nil || route.Workload == nil || !errors.As(err, &dial) || ctx.Err() != nil {
 		return route, up, untrack, err
 	}
-	query.Avoid = []string{route.Workload.UID}
-	other, routeErr := p.route(ctx, query)
-	if routeErr != nil || other.NextHop == route.NextHop {
+	other, ok := p.another(ctx, query, route)
+	if !ok {
 		return route, up, untrack, err
 	}
 	p.log.DebugContext(ctx, "endpoint failed, trying another", "failed", route.NextHop, "next", other.NextHop, "error", err.Error())
@@ -184,6 +183,21 @@ func (p *Proxy) connectRetried(ctx context.Context, src netip.AddrPort, query st
 	untrack = track(other)
 	up, err = p.connect(ctx, src, query.Source, other)
 	return other, up, untrack, err
+}
+
+// another is a route to the same destination by another next hop. Where that was
+// a gateway, another gateway is as good as an endpoint that needs none.
+func (p *Proxy) another(ctx context.Context, query state.Query, failed state.Route) (state.Route, bool) {
+	for _, w := range []*state.Workload{failed.Gateway, failed.Workload} {
+		if w == nil {
+			continue
+		}
+		query.Avoid = []string{w.UID}
+		if other, err := p.route(ctx, query); err == nil && other.NextHop != failed.NextHop {
+			return other, true
+		}
+	}
+	return state.Route{}, false
 }
 
 func (p *Proxy) connect(ctx context.Context, src netip.AddrPort, local *state.Workload, route state.Route) (_ upstream, err error) {

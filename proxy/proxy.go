@@ -360,8 +360,12 @@ func (p *Proxy) recheckPolicies(ctx context.Context) {
 // its IP may belong to another pod now (design D9).
 func (p *Proxy) retireMoved() {
 	moved := func(k poolKey) bool {
+		if k.uid == "" {
+			return false
+		}
 		w, ok := p.cfg.Store.WorkloadByUID(k.uid)
-		return k.uid != "" && (!ok || !slices.Contains(w.IPs, k.dst.Addr()))
+		// One without address was found by its host name, whose addresses change as they like.
+		return !ok || len(w.IPs) > 0 && !slices.Contains(w.IPs, k.dst.Addr())
 	}
 	p.inner.Retire(func(k innerKey, _ *hbone.ConnInfo) bool { return moved(k.outer) }, errMoved)
 	p.pool.Retire(func(k poolKey, _ *hbone.ConnInfo) bool { return moved(k) }, errMoved)

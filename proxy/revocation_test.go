@@ -31,7 +31,7 @@ type certified struct {
 
 // certify makes a node with a certificate of c. With lists it looks at a file of
 // them, which is not there yet.
-func (m *mesh) certify(name, addr string, c *catest.CA, lists bool) *certified {
+func (m *mesh) certify(name, addr string, c *catest.CA, lists bool, options ...nodeOption) *certified {
 	m.t.Helper()
 	n := &certified{provider: catest.NewProvider("test")}
 	if lists {
@@ -41,7 +41,7 @@ func (m *mesh) certify(name, addr string, c *catest.CA, lists bool) *certified {
 	}
 	id := catest.ID("spiffe://cluster.local/ns/default/sa/" + name)
 	n.provider.Set(ca.Key{Provider: "test", ID: id}, ca.Event{State: ca.Available, SVID: c.SVID(m.t, id)})
-	n.node = m.add(name, addr, withConfig(func(cfg *Config) { cfg.CRLs = n.crls }), func(p *nodeParts) { p.provider = n.provider })
+	n.node = m.add(name, addr, append(options, withConfig(func(cfg *Config) { cfg.CRLs = n.crls }), func(p *nodeParts) { p.provider = n.provider })...)
 	return n
 }
 
