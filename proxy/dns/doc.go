@@ -1,0 +1,13 @@
+// Package dns asks nameservers on behalf of the proxy.
+//
+// A Resolver finds the addresses of workloads that the control plane describes
+// by host name alone (spec/state-xds-dns.md §4.10). It reads resolv.conf and
+// hosts as the C library does, follows their changes, and keeps answers for as
+// long as they are valid.
+//
+// Questions are asked with a random ID from a socket of their own, so that the
+// kernel draws a port for each; an answer counts if it comes from the nameserver
+// and carries that ID and that very question. Whatever else arrives is not even
+// decoded. Everything that a nameserver or a peer can make grow has a limit:
+// answers, chains of names, questions in flight, the time that one takes.
+package dns
