@@ -46,6 +46,7 @@ var (
 	directClient = netip.MustParseAddr("10.1.0.2")
 	directHBONE  = netip.MustParseAddrPort("10.1.0.3:8080")
 	directTCP    = netip.MustParseAddrPort("10.1.0.4:8080")
+	directDNS    = netip.MustParseAddrPort("10.1.0.53:53")
 	directVIP    = netip.MustParseAddrPort("10.96.0.1:80")
 )
 
@@ -112,7 +113,11 @@ func newDirectNode(t *testing.T, cfg *Config, network netns.Network, root *local
 	if err != nil {
 		t.Fatal(err)
 	}
-	parts := nodeParts{network: network, log: log}
+	nameserver := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(nameserver, []byte("nameserver "+directDNS.Addr().String()+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	parts := nodeParts{network: network, log: log, resolvConf: nameserver}
 	if root != nil {
 		parts.backends = embedded(root)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/ztunnel-go/ztunnel/ca/spire"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 	"github.com/ztunnel-go/ztunnel/proxy"
+	"github.com/ztunnel-go/ztunnel/proxy/dns"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
@@ -183,6 +184,11 @@ func dataPathConfig(cfg *Config) proxy.Config {
 		NodeName:        cfg.Proxy.Node, ClusterID: cfg.Proxy.ClusterID, LocalhostAppTunnel: cfg.Proxy.LocalhostAppTunnel,
 		ResolveTimeout: cfg.Timeouts.TCPConnect,
 	}
+}
+
+// resolverConfig is how host names of workloads are resolved.
+func resolverConfig(cfg *Config) dns.ResolverConfig {
+	return dns.ResolverConfig{IPv6: cfg.Sockets.IPv6}
 }
 
 func metricsConfig(cfg *Config) proxy.MetricsConfig {

@@ -18,6 +18,7 @@ import (
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 	"github.com/ztunnel-go/ztunnel/proxy"
+	"github.com/ztunnel-go/ztunnel/proxy/dns"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
@@ -54,7 +55,10 @@ type nodeParts struct {
 	network  netns.Network
 	backends map[string]backend // nil = the real ones
 	pidfd    *os.File           // of PROXY_WORKLOAD_PID, or nil; remains the caller's
-	log      *zlog.Log          // remains the caller's
+	// resolvConf names the nameservers for workloads that are known by host name
+	// alone, "" = the system's.
+	resolvConf string
+	log        *zlog.Log // remains the caller's
 }
 
 // newNode makes the parts and loads the state. It starts and opens nothing.
@@ -93,6 +97,13 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	n.loadCRLs(registry)
 	data.CRLs = n.crls
 	n.watchTunnels(&data.HBONE, registry)
+	names := resolverConfig(cfg)
+	names.Dial, names.ResolvConf, names.Logger = dns.Over(parts.network), parts.resolvConf, n.slog
+	resolver, err := dns.NewResolver(names)
+	if err != nil {
+		return nil, err
+	}
+	data.Resolve = resolver.Lookup
 	if n.proxy, err = proxy.New(data); err != nil {
 		return nil, err
 	}
