@@ -33,7 +33,7 @@ PROTOS   = $(wildcard xds/*/*.proto)
 PROTOGEN = $(GO) -C internal/tools run ./protogen -root $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: build test test-crypto race lint generate check-generate fuzz e2e e2e-interop spire e2e-spire bench demo image help
+.PHONY: build test test-crypto race lint generate check-generate wire fuzz e2e e2e-interop spire e2e-spire bench demo image help
 
 build: ## bin/ztunnel; CRYPTO=go|fips140|boring picks the cryptographic module
 	$(CRYPTO_ENV) $(GO) build -trimpath -buildvcs=false -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/ztunnel
@@ -66,6 +66,9 @@ check-generate: ## fail when a generated file is stale
 	$(GO) run ./cmd/ztunnel config -o markdown | diff -u docs/configuration.md - || { echo "run: make generate"; exit 1; }
 	@d=$$(mktemp -d) && trap 'rm -r "$$d"' EXIT && $(PROTOGEN) -out "$$d" $(PROTOS) && for p in $(sort $(dir $(PROTOS))); do \
 	  diff -ru -x '*.proto' $$p "$$d/$$p" || { echo "run: make generate"; exit 1; }; done
+
+wire: ## our wire types against those that istiod and Envoy generate
+	$(GO) -C e2e/wire test ./...
 
 fuzz: ## every fuzz target, FUZZTIME (60s) each
 	@set -e; for f in $$(git grep -l '^func Fuzz' -- '*_test.go'); do for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \

@@ -289,7 +289,6 @@ type Node struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Cluster       string                 `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	Metadata      *structpb.Struct       `protobuf:"bytes,3,opt,name=metadata,proto3" json:"metadata,omitempty"`
-	BuildVersion  string                 `protobuf:"bytes,5,opt,name=build_version,json=buildVersion,proto3" json:"build_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -343,13 +342,6 @@ func (x *Node) GetMetadata() *structpb.Struct {
 		return x.Metadata
 	}
 	return nil
-}
-
-func (x *Node) GetBuildVersion() string {
-	if x != nil {
-		return x.BuildVersion
-	}
-	return ""
 }
 
 // Status is google.rpc.Status on the wire.
@@ -488,12 +480,11 @@ const file_xds_discoverypb_discovery_proto_rawDesc = "" +
 	"\rcache_control\x18\a \x01(\v21.envoy.service.discovery.v3.Resource.CacheControlR\fcacheControl\x1a0\n" +
 	"\fCacheControl\x12 \n" +
 	"\fdo_not_cache\x18\x01 \x01(\bR\n" +
-	"doNotCache\"\x8a\x01\n" +
+	"doNotCache\"e\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x123\n" +
-	"\bmetadata\x18\x03 \x01(\v2\x17.google.protobuf.StructR\bmetadata\x12#\n" +
-	"\rbuild_version\x18\x05 \x01(\tR\fbuildVersion\"f\n" +
+	"\bmetadata\x18\x03 \x01(\v2\x17.google.protobuf.StructR\bmetadata\"f\n" +
 	"\x06Status\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12.\n" +
