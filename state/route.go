@@ -83,7 +83,9 @@ func (d *decision) route() (Route, error) {
 	}
 	if up.workload == nil && w != nil && w.Waypoint != nil {
 		// Nor must that of a workload, for a passthrough service on its address.
-		up = upstream{workload: w, port: q.Dst.Port(), target: q.Dst.Addr()}
+		if up, err = d.itself(w, q.Dst); err != nil {
+			return Route{}, err
+		}
 	}
 	if up.workload == nil {
 		return d.withoutEndpoint(svc, up.service)
@@ -151,7 +153,11 @@ func (d *decision) endpointAt(network string, dst netip.AddrPort, mode portMode)
 		}
 		return d.endpointOf(svc, dst.Port(), dst.Addr(), mode)
 	}
-	w := d.t.workloadAt(network, dst.Addr())
+	return d.itself(d.t.workloadAt(network, dst.Addr()), dst)
+}
+
+// itself is a workload that was dialled at its own address, nil for none.
+func (d *decision) itself(w *workload, dst netip.AddrPort) (upstream, error) {
 	if w != nil && slices.Contains(d.q.Avoid, w.UID) {
 		d.e.avoided(w)
 		return upstream{}, fmt.Errorf("%w: %s", ErrNoHealthyUpstream, dst)

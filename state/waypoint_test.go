@@ -315,6 +315,8 @@ func TestD8_AvoidWaypoint(t *testing.T) {
 			workloads: []WorkloadUpdate{member(Workload{UID: "way", Hostname: "way.host", IPs: ips("127.0.0.10")}, nil)}, services: []*Service{example(via(byHost("way.host", 15008)))}},
 		{name: "gateway", workloads: far, services: []*Service{example(named("san")), wayService}, avoid: both[:1], dst: "127.0.0.3:80",
 			rule: "D", protocol: DoubleHBONE, authority: "example.com:80", nextHop: "127.0.0.10:15008", uid: obRemote.UID, gateway: obWaypoint.UID},
+		{name: "the only waypoint of a pod on the address of a passthrough service", dst: "127.0.0.2:80", avoid: []string{obLocal.UID}, wantErr: ErrNoHealthyUpstream,
+			workloads: []WorkloadUpdate{member(but(obLocal, waypointed(gw("127.0.0.10", 15008))), nil)}, services: []*Service{example(vips("127.0.0.2"), mode(LoadBalancePassthrough))}},
 		{name: "endpoint behind the gateway", workloads: far, services: []*Service{example(named("san")), wayService}, avoid: []string{obRemote.UID}, dst: "127.0.0.3:80", wantErr: ErrNoHealthyUpstream},
 	})
 }
