@@ -90,8 +90,15 @@ func checkInteropXDS(t *testing.T, theirs world.ProxyOptions) {
 		t.Run("policy push "+role.name, func(t *testing.T) { checkPolicyPush(t, o) })
 		t.Run("N-16 "+role.name, func(t *testing.T) { checkLoadBalancing(t, role.source, role.dest) })
 	}
-	t.Run("N-08", func(t *testing.T) { checkWorkloadWaypoint(t, theirs) })
-	t.Run("N-09", func(t *testing.T) { checkDoubleHBONE(t, theirs) })
+	for _, row := range []struct {
+		name  string
+		check func(*testing.T, world.ProxyOptions)
+	}{
+		{"N-08", checkWorkloadWaypoint}, {"N-09", checkDoubleHBONE}, {"N-10", checkDoubleHBONEByHostname}, {"N-11", checkServiceWaypoint},
+		{"N-12", checkWaypointByService}, {"N-13", checkWaypointByWorkload}, {"N-14", checkSandwichPlain}, {"N-15", checkSandwichProxy},
+	} {
+		t.Run(row.name, func(t *testing.T) { row.check(t, theirs) })
+	}
 	t.Run("N-21", func(t *testing.T) { checkServiceHostname(t, theirs, 8080) })
 	t.Run("N-22", func(t *testing.T) { checkServiceHostname(t, theirs, 0) })
 }

@@ -5,6 +5,7 @@ package netns
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/ztunnel-go/ztunnel/e2e/world"
@@ -16,16 +17,22 @@ func TestDP_N09_DoubleHBONE(t *testing.T) { checkDoubleHBONE(t, world.ProxyOptio
 
 func checkDoubleHBONE(t *testing.T, source world.ProxyOptions) {
 	checkGateway(t, source, func(gateway *world.Pod) *workloadpb.GatewayAddress {
-		return world.GatewayAt("", gateway.Addr, 15008)
+		return world.GatewayAt(homeNetwork, gateway.Addr, 15008)
 	})
 }
 
 // N-10: the gateway is a service, which maps the port.
 func TestDP_N10_DoubleHBONEByHostname(t *testing.T) {
-	checkGateway(t, world.ProxyOptions{}, func(*world.Pod) *workloadpb.GatewayAddress {
+	checkDoubleHBONEByHostname(t, world.ProxyOptions{})
+}
+
+func checkDoubleHBONEByHostname(t *testing.T, source world.ProxyOptions) {
+	checkGateway(t, source, func(*world.Pod) *workloadpb.GatewayAddress {
 		return world.GatewayNamed(world.Hostname("gateway"), 15009)
 	})
 }
+
+const homeNetwork = "home"
 
 func checkGateway(t *testing.T, source world.ProxyOptions, reference func(gateway *world.Pod) *workloadpb.GatewayAddress) {
 	w := world.New(t)
@@ -35,25 +42,25 @@ func checkGateway(t *testing.T, source world.ProxyOptions, reference func(gatewa
 	inner := echo.StartHBONE(15008, world.EchoTunnel)
 	outer := gateway.StartHBONE(15008, gateway.ForwardTunnel(echo.At(15008)))
 
-	remote, service, entry := echo.Workload(), world.NewService("remote", serviceVIP, 8080, 8080), gateway.Workload()
+	self, remote, entry := client.Workload(), echo.Workload(), gateway.Workload()
+	service, gateways := world.NewService("remote", serviceVIP, 8080, 8080), world.NewService("gateway", waypointVIP, 15009, 15008)
+	self.Network, entry.Network = homeNetwork, homeNetwork
+	service.Addresses[0].Network, gateways.Addresses[0].Network = homeNetwork, homeNetwork
 	remote.Uid, remote.Name, remote.WorkloadName = "remote/SplitHorizonWorkload/remote", "remote", "remote"
 	remote.Addresses, remote.Network, remote.TunnelProtocol = nil, "remote", workloadpb.TunnelProtocol_HBONE
 	remote.NetworkGateway = reference(gateway)
 	world.Endpoint(remote, "remote", 8080, 8080)
 	service.SubjectAltNames = []string{echo.Identity()}
 	world.Endpoint(entry, "gateway", 15009, 15008)
-	w.Publish(client.Workload(), entry, remote, service, world.NewService("gateway", waypointVIP, 15009, 15008))
+	w.Publish(self, entry, remote, service, gateways)
 
 	source.XDS = true
+	source.Env = append(slices.Clone(source.Env), "NETWORK="+homeNetwork)
 	p := client.StartProxy(source)
 	client.Exchange(netip.AddrPortFrom(serviceVIP, 8080), greeting, world.WaypointPrefix+greeting)
 	authority := world.Hostname("remote") + ":8080"
-	for name, tunnel := range map[string]*world.HBONEServer{"gateway": outer, "endpoint": inner} {
-		authorities, peers := tunnel.Requests()
-		if len(authorities) != 1 || authorities[0] != authority || peers[0] != client.Identity() {
-			t.Errorf("the %s got requests for %v by %v, want one for %s by %s", name, authorities, peers, authority, client.Identity())
-		}
-	}
+	outer.Expect(t, world.TunnelRequest{Authority: authority, Peer: client.Identity()})
+	inner.Expect(t, world.TunnelRequest{Authority: authority, Peer: client.Identity(), Network: homeNetwork})
 	p.Expect(w.Ctx, world.Fields{
 		"message": "connection complete", "direction": "outbound", "error": "", "bytes_sent": "11", "bytes_recv": "20",
 		"src.identity": client.Identity(), "dst.workload": "echo", "dst.hbone_addr": authority,

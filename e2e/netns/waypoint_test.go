@@ -43,10 +43,7 @@ func (m *waypointWorld) checkWaypoint(source world.ProxyOptions, dst netip.AddrP
 	source.XDS = true
 	p := m.client.StartProxy(source)
 	m.client.Exchange(dst, greeting, world.WaypointPrefix+greeting)
-	authorities, peers := s.Requests()
-	if len(authorities) != 1 || authorities[0] != dst.String() || peers[0] != m.client.Identity() {
-		t.Errorf("the waypoint got requests for %v by %v, want one for %v by %s", authorities, peers, dst, m.client.Identity())
-	}
+	s.Expect(t, world.TunnelRequest{Authority: dst.String(), Peer: m.client.Identity()})
 	p.Expect(m.Ctx, world.Fields{
 		"message": "connection complete", "scope": "access", "direction": "outbound", "error": "",
 		"src.workload": "client", "src.namespace": "default", "src.identity": m.client.Identity(),
@@ -71,40 +68,50 @@ func checkWorkloadWaypoint(t *testing.T, source world.ProxyOptions) {
 }
 
 // N-11: the waypoint of a service, by its address.
-func TestDP_N11_ServiceWaypoint(t *testing.T) {
+func TestDP_N11_ServiceWaypoint(t *testing.T) { checkServiceWaypoint(t, world.ProxyOptions{}) }
+
+func checkServiceWaypoint(t *testing.T, source world.ProxyOptions) {
 	m := newWaypointWorld(t)
 	server, service := m.server.Workload(), world.NewService("server", serviceVIP, 80, 8080)
 	world.Endpoint(server, "server", 80, 8080)
 	service.Waypoint = world.GatewayAt("", m.waypoint.Addr, 15008)
 	m.PublishPods(server)
 	m.Publish(service)
-	m.checkWaypoint(world.ProxyOptions{}, netip.AddrPortFrom(serviceVIP, 80))
+	m.checkWaypoint(source, netip.AddrPortFrom(serviceVIP, 80))
 }
 
 // N-12: a workload's waypoint by the name of a service.
 func TestDP_N12_WaypointByServiceHostname(t *testing.T) {
+	checkWaypointByService(t, world.ProxyOptions{})
+}
+
+func checkWaypointByService(t *testing.T, source world.ProxyOptions) {
 	m := newWaypointWorld(t)
 	server, waypoint := m.server.Workload(), m.waypoint.Workload()
 	server.Waypoint = world.GatewayNamed(world.Hostname("waypoint"), 15008)
 	world.Endpoint(waypoint, "waypoint", 15008, 15008)
 	m.PublishPods(server, waypoint)
 	m.Publish(world.NewService("waypoint", waypointVIP, 15008, 15008))
-	m.checkWaypoint(world.ProxyOptions{}, m.server.At(8080))
+	m.checkWaypoint(source, m.server.At(8080))
 }
 
 // N-13: the name is that of a workload, and no service has it.
 func TestDP_N13_WaypointByWorkloadHostname(t *testing.T) {
+	checkWaypointByWorkload(t, world.ProxyOptions{})
+}
+
+func checkWaypointByWorkload(t *testing.T, source world.ProxyOptions) {
 	m := newWaypointWorld(t)
 	server, waypoint := m.server.Workload(), m.waypoint.Workload()
 	waypoint.Hostname = "waypoint.example.com"
 	server.Waypoint = world.GatewayNamed(waypoint.Hostname, 15008)
 	m.PublishPods(server, waypoint)
-	m.checkWaypoint(world.ProxyOptions{}, m.server.At(8080))
+	m.checkWaypoint(source, m.server.At(8080))
 }
 
 // checkSandwich sends one request to the server, which runs behind a proxy of
-// its own, by way of a waypoint behind one.
-func (m *waypointWorld) checkSandwich() {
+// its own, by way of a waypoint behind one, whose implementation o chooses.
+func (m *waypointWorld) checkSandwich(o world.ProxyOptions) {
 	t := m.T
 	t.Helper()
 	m.server.StartApp()
@@ -112,8 +119,13 @@ func (m *waypointWorld) checkSandwich() {
 		p.Redirect()
 	}
 	var proxies []*world.Proxy
+	o.XDS = true
 	for _, p := range []*world.Pod{m.server, m.waypoint, m.client} {
-		proxies = append(proxies, p.StartProxy(world.ProxyOptions{XDS: true}))
+		options := world.ProxyOptions{XDS: true}
+		if p == m.waypoint {
+			options = o
+		}
+		proxies = append(proxies, p.StartProxy(options))
 	}
 	dst := m.server.At(world.DoublePort)
 	m.client.Exchange(dst, greeting, greeting+greeting)
@@ -132,14 +144,16 @@ func (m *waypointWorld) checkSandwich() {
 
 // N-14: a waypoint behind its own proxy that gets what it is asked for as plain
 // TCP.
-func TestDP_N14_SandwichPlain(t *testing.T) {
+func TestDP_N14_SandwichPlain(t *testing.T) { checkSandwichPlain(t, world.ProxyOptions{}) }
+
+func checkSandwichPlain(t *testing.T, waypointProxy world.ProxyOptions) {
 	m := newWaypointWorld(t)
 	server, waypoint := m.server.Workload(), m.waypoint.Workload()
 	waypoint.ApplicationTunnel = &workloadpb.ApplicationTunnel{Protocol: workloadpb.ApplicationTunnel_NONE}
 	server.Waypoint = world.GatewayAt("", m.waypoint.Addr, 15008)
 	m.PublishPods(server, waypoint)
 	m.waypoint.Forward(world.DoublePort, func(netns.Conn) (netip.AddrPort, error) { return m.server.At(world.DoublePort), nil })
-	m.checkSandwich()
+	m.checkSandwich(waypointProxy)
 }
 
 // tlvAuthority carries the SPIFFE ID of the client (spec/datapath.md §6.6).
@@ -147,7 +161,9 @@ const tlvAuthority = 0xD0
 
 // N-15: a waypoint behind its own proxy that learns from a PROXY header who asks
 // for what. Its service has an address and no ports.
-func TestDP_N15_SandwichProxyProtocol(t *testing.T) {
+func TestDP_N15_SandwichProxyProtocol(t *testing.T) { checkSandwichProxy(t, world.ProxyOptions{}) }
+
+func checkSandwichProxy(t *testing.T, waypointProxy world.ProxyOptions) {
 	m := newWaypointWorld(t)
 	server, waypoint := m.server.Workload(), m.waypoint.Workload()
 	waypoint.ApplicationTunnel = &workloadpb.ApplicationTunnel{Protocol: workloadpb.ApplicationTunnel_PROXY, Port: 15088}
@@ -162,5 +178,5 @@ func TestDP_N15_SandwichProxyProtocol(t *testing.T) {
 		}
 		return h.Dst, err
 	})
-	m.checkSandwich()
+	m.checkSandwich(waypointProxy)
 }

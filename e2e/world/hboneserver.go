@@ -12,7 +12,9 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
+	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -41,16 +43,30 @@ func EchoTunnel(_ context.Context, _ string, in io.ReadCloser, out io.Writer) er
 // HBONEServer ends tunnels in a pod that has no proxy. It is made of net/http and
 // shares no code with the implementation under test.
 type HBONEServer struct {
-	mu          sync.Mutex // guards the fields below
-	peers       []string   // SPIFFE IDs, in the order of the requests
-	authorities []string
+	mu       sync.Mutex // guards requests
+	requests []TunnelRequest
 }
 
-// Requests are the authorities that were asked for until now, and by whom.
-func (s *HBONEServer) Requests() (authorities, peers []string) {
+// TunnelRequest is a CONNECT that came.
+type TunnelRequest struct {
+	Authority string
+	Peer      string // SPIFFE ID
+	Network   string // x-forwarded-network
+}
+
+// Requests are those that came until now.
+func (s *HBONEServer) Requests() []TunnelRequest {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]string(nil), s.authorities...), append([]string(nil), s.peers...)
+	return slices.Clone(s.requests)
+}
+
+// Expect fails the test unless want are the requests until now.
+func (s *HBONEServer) Expect(t *testing.T, want ...TunnelRequest) {
+	t.Helper()
+	if got := s.Requests(); !slices.Equal(got, want) {
+		t.Errorf("requests for tunnels: got %+v, want %+v", got, want)
+	}
 }
 
 // StartHBONE serves tunnels on a port of the pod, under its identity, until the
@@ -100,7 +116,7 @@ func (s *HBONEServer) serve(p *Pod, handle TunnelHandler, w http.ResponseWriter,
 		peer = uris[0].String()
 	}
 	s.mu.Lock()
-	s.authorities, s.peers = append(s.authorities, r.Host), append(s.peers, peer)
+	s.requests = append(s.requests, TunnelRequest{r.Host, peer, r.Header.Get("x-forwarded-network")})
 	s.mu.Unlock()
 	w.Header().Set("baggage", fmt.Sprintf("k8s.cluster.name=Kubernetes,k8s.namespace.name=%s,k8s.deployment.name=%s,service.name=%s,service.version=v1,cloud.region=r1,cloud.availability_zone=z1",
 		p.Namespace, p.Name, p.Name))
