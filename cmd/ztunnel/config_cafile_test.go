@@ -135,6 +135,7 @@ var caErrors = []struct {
 	}},
 	{"credentials", "providers: [{name: istio, address: 'https://user:sesame@x'}]", []string{"providers[0].address: <redacted>: invalid uri: user information"}},
 	{"secret header", "providers: [{name: istio, headers: {token: \"sesame\\x01\"}}]", []string{"providers[0].headers.token: <redacted>: failed to parse header value"}},
+	{"alternative name", "providers: [{name: istio, altHostname: 'a b'}]", []string{`providers[0].altHostname: "a b": invalid alt hostname: "a b", want a DNS name or an IP address`}},
 	{"header name", "providers: [{name: istio, headers: {'a b': x}}]", []string{"failed to parse header key"}},
 	{"address empty", "providers:\n- {name: istio, address: ''}", []string{":2: providers[0]: address (CA_ADDRESS) is empty: the provider istio needs the address of a CA"}},
 	{"selector", "providers: [{name: spire-delegated, selectors: ['k8s:x', 'web']}]", []string{`providers[0].selectors[1]: selector "web"`}},
@@ -273,7 +274,7 @@ routes:
 		{"file", "providers: [{name: vault}, {name: local, dir: 1}]", "ca validate /ca.yaml", nil, []string{`/ca.yaml:1: providers[0].type: unknown provider "vault"`, "/ca.yaml:1: providers[1].dir: got a number"}},
 		{"missing", "", "ca validate /missing.yaml", nil, []string{"CA_CONFIG=/missing.yaml (open /missing.yaml"}},
 		{"environment", "providers: [{name: local}]", "ca validate /ca.yaml", []string{"CA_PROVIDER=local"}, []string{"CA_PROVIDER=local contradicts CA_CONFIG=/ca.yaml"}},
-		{"provider that cannot be made", "providers: [{name: istio, altHostname: 'a b'}]", "ca validate /ca.yaml", nil, []string{"/ca.yaml: certificate provider istio: istio CA: field AltHostname: invalid alt hostname"}},
+		{"provider that cannot be made", "providers: [{name: istio, address: 'https://x/path'}]", "ca validate /ca.yaml", nil, []string{"/ca.yaml: certificate provider istio: istio CA: field Address"}},
 		{"no argument", "", "ca validate", nil, []string{"got 0 arguments, want the file"}},
 		{"unknown command", "", "ca check", nil, []string{"unknown command: ca check"}},
 	} {

@@ -51,7 +51,7 @@ func TestID_AD02_ConfigDump(t *testing.T) {
 	}
 
 	d := dumped(t, mustParse(t, with("UNSTABLE_ENABLE_SOCKS5=true", "ENABLE_ORIG_SRC=true", "CA_ROOT_CA=SYSTEM",
-		"XDS_ROOT_CA=-----BEGIN CERTIFICATE-----", "CRL_PATH=/crl", "CONNECTION_TERMINATION_DEADLINE=1500ms"), nil))
+		"XDS_ROOT_CA="+rootPEM(t), "CRL_PATH=/crl", "CONNECTION_TERMINATION_DEADLINE=1500ms"), nil))
 	for key, want := range map[string]any{
 		"socks5Addr":               "127.0.0.1:15080",
 		"illegalPorts":             []any{15001.0, 15006.0, 15008.0, 15080.0},

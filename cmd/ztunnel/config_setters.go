@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -175,6 +176,9 @@ func setRoot(field func(*Config) *RootCert) func(*loader, value) error {
 	return func(l *loader, v value) error {
 		switch {
 		case strings.Contains(v.text, "-----BEGIN"):
+			if !x509.NewCertPool().AppendCertsFromPEM([]byte(v.text)) {
+				return errors.New("the PEM text holds no certificate that can be read")
+			}
 			*field(l.cfg) = RootCert{Inline: v.text}
 		case v.text == "SYSTEM":
 			*field(l.cfg) = RootCert{}
@@ -203,7 +207,7 @@ func setToken(l *loader, v value) error {
 func setHeader(prefix string, field func(*Config) *[]HeaderField) func(*loader, value) error {
 	return func(l *loader, v value) error {
 		name := strings.ToLower(strings.TrimPrefix(v.name, prefix))
-		if !validHeaderName(name) {
+		if !validHeaderName(name) || strings.HasPrefix(name, "grpc-") {
 			return fmt.Errorf("failed to parse header key: %s", v.name)
 		}
 		if !validHeaderValue(v.text) {

@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca/spire"
+	"github.com/ztunnel-go/ztunnel/internal/istiod"
 )
 
 // parseBool takes exactly "true" and "false".
@@ -238,11 +239,26 @@ func parseXDSAddress(s string) (string, error) {
 		return "unix://" + path, nil
 	}
 	address, err := parseAddress(s)
-	if err == nil && strings.HasPrefix(address, "http://") {
-		return "", errors.New("invalid uri: http is refused, since the token would cross the network in the clear: want https or unix")
+	if err != nil || address == "" {
+		return "", err
 	}
-	return address, err
+	u, err := url.Parse(address)
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("invalid uri: %w", err)
+	case u.Scheme == "http":
+		return "", errors.New("invalid uri: http is refused, since the token would cross the network in the clear: want https or unix")
+	case u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "":
+		return "", errors.New("invalid uri: there is more than an address: want https://host:port")
+	}
+	if _, err := parseUint(u.Port(), 1, maxU16); err != nil && u.Port() != "" {
+		return "", fmt.Errorf("invalid uri: port %s: %w", u.Port(), err)
+	}
+	return address, nil
 }
+
+// serverName takes a name that a server's certificate may have; "" is none.
+func serverName(s string) (string, error) { return s, istiod.CheckHostname(s) }
 
 // errUserinfo refuses credentials in a URI. Whoever reports it must not show the
 // value.

@@ -106,7 +106,7 @@ func TestParseXDSAddress(t *testing.T) {
 			t.Errorf("parseXDSAddress(%q): got %q, %v, want %q", in, got, err, want)
 		}
 	}
-	for _, in := range []string{"http://x", "HTTP://x", "unix:x", "unix://", "unix://run/x", "unix:///" + strings.Repeat("x", maxSocketPath), "ftp://x", "https://"} {
+	for _, in := range []string{"http://x", "HTTP://x", "unix:x", "unix://", "unix://run/x", "unix:///" + strings.Repeat("x", maxSocketPath), "ftp://x", "https://", "https://x/path", "https://x?q", "x#f", "x:0", "x:65536"} {
 		if got, err := parseXDSAddress(in); err == nil || !strings.HasPrefix(err.Error(), "invalid uri: ") {
 			t.Errorf("parseXDSAddress(%q): got %q, %v, want an error", in, got, err)
 		}
@@ -115,12 +115,13 @@ func TestParseXDSAddress(t *testing.T) {
 
 // What looks like a path is one, also before the file is there.
 func TestLoad_FilesThatComeLater(t *testing.T) {
+	root := rootPEM(t)
 	for text, want := range map[string]RootCert{
-		"/roots/root.pem":              {File: "/roots/root.pem"},
-		"root.pem":                     {File: "root.pem"},
-		"./a/b":                        {File: "./a/b"},
-		"SYSTEM":                       {},
-		"-----BEGIN CERTIFICATE-----x": {Inline: "-----BEGIN CERTIFICATE-----x"},
+		"/roots/root.pem": {File: "/roots/root.pem"},
+		"root.pem":        {File: "root.pem"},
+		"./a/b":           {File: "./a/b"},
+		"SYSTEM":          {},
+		root:              {Inline: root},
 	} {
 		c := mustParse(t, with("XDS_ROOT_CA="+text, "CA_ROOT_CA="+text), nil)
 		if c.XDS.RootCert != want || c.CA.RootCert != want {

@@ -45,6 +45,14 @@ func startXDS(t *testing.T) (*xdstest.Server, string) {
 	return s, "unix://" + path
 }
 
+// denyPort is a policy of the namespace default.
+func denyPort(port uint32) xdstest.Resource {
+	return xdstest.Authorization(&securitypb.Authorization{
+		Name: "deny", Namespace: "default", Scope: securitypb.Scope_NAMESPACE, Action: securitypb.Action_DENY,
+		Rules: []*securitypb.Rule{{Clauses: []*securitypb.Clause{{Matches: []*securitypb.Match{{DestinationPorts: []uint32{port}}}}}}},
+	})
+}
+
 func (r *running) readiness(t *testing.T) (int, string) {
 	t.Helper()
 	return get(t, "http://"+r.readinessLn[0].Addr().String()+"/healthz/ready")
@@ -117,10 +125,7 @@ func TestXDS_DrainBeforeGate(t *testing.T) {
 func TestXDS_Status(t *testing.T) {
 	server, address := startXDS(t)
 	bad := xdstest.Bad(xdstest.AddressType, "cluster//Pod/ns/bad")
-	server.Set(bad, xdstest.Authorization(&securitypb.Authorization{
-		Name: "deny", Namespace: "default", Scope: securitypb.Scope_NAMESPACE, Action: securitypb.Action_DENY,
-		Rules: []*securitypb.Rule{{Clauses: []*securitypb.Clause{{Matches: []*securitypb.Match{{DestinationPorts: []uint32{9}}}}}}},
-	}))
+	server.Set(bad, denyPort(9))
 	d := startDirect(t, "n", "XDS_ADDRESS="+address, "XDS_HEADER_X=y", "POD_NAME=p", "POD_NAMESPACE=q")
 	d.open(directHBONE).Close()
 	if code, body := d.client.readiness(t); code != http.StatusOK || body != "ready\n" {
@@ -186,4 +191,27 @@ func TestXDS_Refused(t *testing.T) {
 	}
 	d.client.stop()
 	d.client.within(t, 5*time.Second)
+}
+
+// The control plane is followed to the end of a drain: a policy that comes then
+// still ends a connection.
+func TestXDS_EndsLast(t *testing.T) {
+	server, address := startXDS(t)
+	d := startDirect(t, "n", "XDS_ADDRESS="+address, "CONNECTION_TERMINATION_DEADLINE=1h")
+	c := d.open(directHBONE)
+	d.server.stop()
+	d.eventually(func() error {
+		if !strings.Contains(d.server.logs.String(), `"draining"`) {
+			return errors.New("no drain")
+		}
+		return nil
+	})
+	if err := helloWorld(c); err != nil {
+		t.Fatalf("during the drain: %v", err)
+	}
+	server.Set(denyPort(uint32(directHBONE.Port())))
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the denied connection read %v, want its end", err)
+	}
+	d.server.within(t, 5*time.Second)
 }
