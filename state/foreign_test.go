@@ -98,3 +98,17 @@ func TestD18_Foreign(t *testing.T) {
 		}
 	}
 }
+
+// An alias that is no trust domain equals nothing, whatever a principal says.
+func TestD2_InvalidAlias(t *testing.T) {
+	for _, alias := range []string{"", "spiffe://old", "old/ns", "OLD", "old/"} {
+		s := New(Config{DefaultTrustDomain: "td", TrustDomainAliases: []string{alias, "other"}})
+		apply(t, s, Update{Policies: []*Policy{{Name: "p", Namespace: "ns", Rules: []Rule{{{
+			{Principals: []StringMatch{{Exact, alias + "/ns/a/sa/b"}, {Prefix, alias + "/ns/a/"}}},
+		}}}}}})
+		c := Conn{Destination: destination("ns"), Identity: spiffe(t, "spiffe://td/ns/a/sa/b")}
+		if v := s.Authorize(c); v.Denied == nil {
+			t.Errorf("the alias %q is ours", alias)
+		}
+	}
+}

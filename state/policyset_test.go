@@ -2,6 +2,7 @@ package state
 
 import (
 	"net/netip"
+	"reflect"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -215,7 +216,7 @@ func TestPolicySetsAreImmutable(t *testing.T) {
 			shared++
 		}
 	}
-	if next == old || shared < len(old.pieces)/2 || shared == len(old.pieces) {
+	if next == old || len(old.pieces) < 16 || shared < len(old.pieces)/2 || shared == len(old.pieces) {
 		t.Errorf("%d of %d pieces are shared", shared, len(old.pieces))
 	}
 	equal := func(a, b *ruleIndex) bool {
@@ -230,5 +231,57 @@ func TestPolicySetsAreImmutable(t *testing.T) {
 				t.Fatalf("posting %d of piece %d was edited", j, i)
 			}
 		}
+	}
+}
+
+// A policy that differs in anything is another one, and takes the place of the
+// first; equal compares what is named in a list, which must be complete.
+func TestPolicyEqualComparesEveryField(t *testing.T) {
+	if p := (&policy{Policy: *scoped(PolicyGlobal, Deny, portRule(80))}); !p.equal(&policy{Policy: *scoped(PolicyGlobal, Deny, portRule(80))}) {
+		t.Error("a policy is not equal to its like")
+	}
+	values := map[string]any{
+		"Name": "x", "Namespace": "x", "Scope": PolicyNamespace, "Action": Deny, "DryRun": true, "Unknown": true, "Rules": []Rule{{}},
+	}
+	differ := func(typ reflect.Type, equal func(v reflect.Value) bool) {
+		for i := range typ.NumField() {
+			v, field := reflect.New(typ).Elem(), typ.Field(i)
+			switch value, ok := values[field.Name]; {
+			case ok:
+				v.Field(i).Set(reflect.ValueOf(value))
+			case field.Type.Kind() == reflect.Slice:
+				v.Field(i).Set(reflect.MakeSlice(field.Type, 1, 1))
+			case field.Name == "ResourceName":
+				continue // it is in the key
+			default:
+				t.Fatalf("%s: what is another value?", field.Name)
+			}
+			if equal(v) {
+				t.Errorf("policies are equal that differ in %s", field.Name)
+			}
+		}
+	}
+	differ(reflect.TypeFor[Policy](), func(v reflect.Value) bool {
+		return (&policy{}).equal(&policy{Policy: v.Interface().(Policy)})
+	})
+	differ(reflect.TypeFor[Match](), func(v reflect.Value) bool {
+		return (&policy{Policy: Policy{Rules: []Rule{{{{}}}}}}).equal(&policy{Policy: Policy{Rules: []Rule{{{v.Interface().(Match)}}}}})
+	})
+	if (&policy{}).equal(&policy{tombstone: true}) || (&policy{}).equal(&policy{key: "x"}) {
+		t.Error("a tombstone or another key is equal")
+	}
+}
+
+// Principals that differ in their trust domain are one key.
+func TestRuleStandsOnceUnderAKey(t *testing.T) {
+	p := &policy{key: "ns/p", Policy: Policy{Rules: []Rule{{{{Principals: []StringMatch{
+		{Exact, "td/ns/a/sa/b"}, {Exact, "old/ns/a/sa/b"}, {Exact, "td/ns/a/sa/b"}, {Exact, "td/ns/a/sa/c"},
+	}}}}}}}
+	ix := (*ruleIndex)(nil).with(nil, []*policy{p})
+	if ix.size != 2 {
+		t.Errorf("%d postings, want 2", ix.size)
+	}
+	if ix = ix.with([]*policy{p}, nil); ix != nil {
+		t.Errorf("left of nothing: %+v", ix)
 	}
 }
