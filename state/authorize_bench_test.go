@@ -2,6 +2,7 @@ package state
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -47,7 +48,7 @@ func BenchmarkAuthorizeAgainstScan(b *testing.B) {
 	s := New(Config{DefaultTrustDomain: "td"})
 	apply(b, s, Update{Policies: crowdOfDenies(10_000)})
 	t := s.read()
-	sc := newScanner(s, t.sets[""].all())
+	sc := newScanner(s, slices.Collect(maps.Values(t.policies)))
 	s.release(t)
 	c := benchConn(b)
 	const rounds, perRound = 15, 1000

@@ -153,18 +153,6 @@ func (set *policySet) with(gone, added [policyKinds][]*policy) *policySet {
 	return next
 }
 
-// all returns the policies in order of their keys, those of one kind after those
-// of another.
-func (set *policySet) all() []*policy {
-	var list []*policy
-	for k := range policyKind(policyKinds) {
-		if ix := set.index(k); ix != nil {
-			list = append(list, ix.policies...)
-		}
-	}
-	return list
-}
-
 func comparePolicies(a, b *policy) int { return strings.Compare(a.key, b.key) }
 
 // splice returns old without gone and with added. All are sorted, gone is a part
