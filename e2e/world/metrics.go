@@ -3,8 +3,12 @@
 package world
 
 import (
+	"compress/gzip"
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"regexp"
 	"strconv"
 	"strings"
@@ -77,6 +81,35 @@ func (s *Proxy) ExpectMetrics(ctx context.Context, reporter string, labels map[s
 	} {
 		s.ExpectMetric(ctx, name, want, value)
 	}
+	if err := s.checkCompressed(); err != nil {
+		s.t.Errorf("compressed metrics of %s: %v", s.Name, err)
+	}
+}
+
+// checkCompressed asks for the metrics as Prometheus does.
+func (s *Proxy) checkCompressed() error {
+	req, err := http.NewRequestWithContext(s.Pod.W.Ctx, http.MethodGet, "http://127.0.0.1:15020/metrics", nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Accept-Encoding", "gzip") // set here, it is not undone by the client
+	resp, err := s.Pod.Client().Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if got := resp.Header.Get("Content-Encoding"); got != "gzip" {
+		return fmt.Errorf("content encoding %q, want gzip", got)
+	}
+	body, err := gzip.NewReader(resp.Body)
+	if err != nil {
+		return err
+	}
+	text, err := io.ReadAll(body)
+	if err == nil && !strings.Contains(string(text), "istio_tcp_connections_opened_total") {
+		err = errors.New("no connections")
+	}
+	return err
 }
 
 // ExpectMetric waits until the series with these labels sum up to value.
