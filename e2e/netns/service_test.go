@@ -148,3 +148,24 @@ func checkServiceHostname(t *testing.T, dest world.ProxyOptions, target uint32) 
 	expectStatus(t, client, server, strangerID, world.Hostname("nobody")+":80", 503)
 	expectStatus(t, client, server, strangerID, fmt.Sprintf("%s:%d", world.Hostname("server"), 81), 503)
 }
+
+// A workload that has a name and no address is looked up by the proxy, once a
+// connection needs it.
+func TestXDS_HostnameWorkload(t *testing.T) {
+	const name = "db.example.com"
+	w := world.New(t)
+	client, server := w.AddPod("client", 1), w.AddPod("server", 2)
+	client.Redirect()
+	client.ServeDNS(map[string]netip.Addr{name: server.Addr})
+	server.StartApp()
+	external := &workloadpb.Workload{Uid: "Kubernetes/networking.istio.io/ServiceEntry/default/db", Name: "db", Namespace: "default", Hostname: name, WorkloadName: "db"}
+	world.Endpoint(external, "db", 5432, world.DoublePort)
+	w.Publish(client.Workload(), external, world.NewService("db", serviceVIP, 5432, world.DoublePort))
+	p := client.StartProxy(world.ProxyOptions{XDS: true})
+	client.Exchange(netip.AddrPortFrom(serviceVIP, 5432), greeting, greeting+greeting)
+	p.Expect(w.Ctx, world.Fields{
+		"message": "connection complete", "direction": "outbound", "error": "", "dst.workload": "db",
+		"dst.service": world.Hostname("db"), "dst.addr": server.At(world.DoublePort).String(),
+	})
+	p.ExpectMetric(w.Ctx, "istio_on_demand_dns_total", nil, 1)
+}

@@ -136,6 +136,7 @@ func removeNamespace(name string) {
 	if out, err := exec.Command("ip", "netns", "del", name).CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "remove namespace %s: %v: %s\n", name, err, out)
 	}
+	_ = os.RemoveAll(filepath.Join(etcDir, name))
 }
 
 // RequireRoot skips without root, except where a skip would hide that the
