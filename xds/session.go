@@ -156,7 +156,8 @@ func (s *session) receive(ctx context.Context) {
 			return false
 		}
 	}
-	if _, err := s.stream.Header(); err == nil && !tell(event{}) {
+	// Without headers there was no stream; Recv tells why.
+	if headers, err := s.stream.Header(); err == nil && headers != nil && !tell(event{}) {
 		return
 	}
 	for {

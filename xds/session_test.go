@@ -17,6 +17,7 @@ import (
 	"github.com/ztunnel-go/ztunnel/state"
 	"github.com/ztunnel-go/ztunnel/xds"
 	"github.com/ztunnel-go/ztunnel/xds/discoverypb"
+	"github.com/ztunnel-go/ztunnel/xds/workloadpb"
 	"github.com/ztunnel-go/ztunnel/xds/xdstest"
 )
 
@@ -177,7 +178,7 @@ func TestST_XDS12_Answers(t *testing.T) {
 	heartbeat := &discoverypb.Resource{Name: "beat", Ttl: durationpb.New(time.Second)}
 	garbage := &discoverypb.Resource{Name: "bad", Version: "1", Resource: &anypb.Any{Value: []byte{0xff}}}
 	untyped := &discoverypb.Resource{Name: "none", Resource: &anypb.Any{}}
-	nobody := &discoverypb.Resource{Resource: xdsAny(workload("", "1.2.3.4"))}
+	nobody := &discoverypb.Resource{Resource: xdsAnyOf(workload("", "1.2.3.4"))}
 	for _, tt := range []struct {
 		name, typeURL string
 		resources     []*discoverypb.Resource
@@ -355,6 +356,6 @@ func TestResyncOfUnversioned(t *testing.T) {
 	}
 }
 
-func xdsAny(w interface{ GetUid() string }) *anypb.Any {
-	return &anypb.Any{TypeUrl: xdstest.AddressType, Value: xdstest.Workload(workload(w.GetUid(), "")).Value}
+func xdsAnyOf(w *workloadpb.Workload) *anypb.Any {
+	return &anypb.Any{TypeUrl: xdstest.AddressType, Value: xdstest.Workload(w).Value}
 }
