@@ -101,7 +101,7 @@ func hintFor(s *status.Status, dialed error) string {
 	case s.Code() == codes.Unimplemented:
 		return "what listens there serves no delta xDS: correct XDS_ADDRESS"
 	case s.Code() == codes.ResourceExhausted && contains("received message larger than max"):
-		return "a message is beyond a limit: our answers may have 200 MiB"
+		return "a message is too large: where it was ours, the next stream tells no versions; one of the server may have 200 MiB"
 	}
 	return ""
 }

@@ -60,16 +60,17 @@ func TestDisconnects(t *testing.T) {
 			}
 			synctest.Test(t, func(t *testing.T) {
 				p := &propertyTest{
-					world:   newWorld(t, tt.configs[0], func(c *xds.Config) { c.OnDemand = tt.onDemand }),
+					world:   newWorld(t, tt.configs[0], func(c *xds.Config) { c.OnDemand, c.Logger = tt.onDemand, nil }),
 					rng:     rand.New(rand.NewPCG(seed, 1)),
 					configs: tt.configs,
 					demands: tt.onDemand,
 					good:    make(map[string]map[string]bool),
 					bad:     make(map[string]bool),
 				}
+				p.server.ForgetRequests()
 				for round := range rounds {
 					p.round()
-					if round%10 == 9 && !p.compare(round) {
+					if round%20 == 19 && !p.compare(round) {
 						return
 					}
 				}

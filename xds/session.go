@@ -41,6 +41,7 @@ type session struct {
 	echoes   int       // names that it told, of the type with the most
 	since    time.Time // when it was established
 	resyncAt time.Time // when it is opened anew; zero: not
+	mixed    bool      // it told versions to a server that has none
 	askAt    time.Time // when the next names may be asked for
 	more     bool      // there are names to be asked for
 }
@@ -57,14 +58,14 @@ func newSession(c *Client, log *slog.Logger, stream clientStream) *session {
 
 func (s *session) established() bool { return !s.since.IsZero() }
 
-// answered reports whether anything was received.
+// answered reports whether every first request was.
 func (s *session) answered() bool {
 	for _, sub := range s.c.subscriptions {
-		if sub.answered {
-			return true
+		if !sub.answered {
+			return false
 		}
 	}
-	return false
+	return true
 }
 
 // run serves the stream until it ends, or with errResync until it is to be opened
@@ -206,10 +207,14 @@ func (s *session) due(ctx context.Context) error {
 	if s.more && !now.Before(s.askAt) && !s.out.hasDemand() {
 		s.ask(ctx, now)
 	}
-	if reached(s.resyncAt) {
-		return errResync
+	if !reached(s.resyncAt) {
+		return nil
 	}
-	return nil
+	if !s.mixed && s.c.subscription(addressURL).versioned() {
+		s.resyncAt = time.Time{} // it has got versions since
+		return nil
+	}
+	return errResync
 }
 
 // ask sends what was asked for on demand.
@@ -322,7 +327,7 @@ func (s *session) suspect(sub *subscription, stale []string) {
 
 // accepted is called after the first response of a type on the stream.
 func (s *session) accepted(sub *subscription) {
-	if s.c.echo.bare && sub.url == addressURL {
+	if s.c.echo.bare && s.answered() {
 		// It went well without versions: if it had not with them, that was why.
 		if s.c.echo.trial > 0 {
 			s.c.echo.limit = s.c.echo.trial
@@ -340,8 +345,8 @@ func (s *session) plan(sub *subscription, r *discoverypb.DeltaDiscoveryResponse)
 	if sub.echoed && unversioned(r) {
 		sub.echoed = false
 		if sub.versioned() && s.c.cfg.FullSet == FullSetAuto {
-			// We told versions to a server that has none. It was another one which
-			// sent what it has not named so far.
+			// It was another server which sent what this one has not named so far.
+			s.mixed = true
 			s.resyncAt = earlier(s.resyncAt, time.Now().Add(max(resyncSoon, s.c.cfg.StaleGrace)))
 		}
 	}

@@ -344,13 +344,13 @@ func TestUnixAndTCP(t *testing.T) {
 // TestLargeResponse: Cilium sends everything in one message.
 func TestLargeResponse(t *testing.T) {
 	if testing.Short() {
-		t.Skip("it moves 100 MB")
+		t.Skip("it moves 40 MB")
 	}
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, xdstest.Config{}, func(c *xds.Config) { c.Logger = nil })
 		w.settle()
 		large := workload("large", "1.2.3.4")
-		large.CanonicalName = strings.Repeat("x", 100<<20)
+		large.CanonicalName = strings.Repeat("x", 40<<20)
 		w.server.Inject(&discoverypb.DeltaDiscoveryResponse{TypeUrl: xdstest.AddressType, Resources: []*discoverypb.Resource{{
 			Name: "large", Resource: xdsAnyOf(large),
 		}}})

@@ -39,7 +39,7 @@ func Workload(w *workloadpb.Workload) Resource {
 	for _, a := range w.GetAddresses() {
 		r.Aliases = append(r.Aliases, alias(w.GetNetwork(), a))
 	}
-	r.Value = marshal(&workloadpb.Address{Type: &workloadpb.Address_Workload{Workload: w}})
+	r.Value = Marshal(&workloadpb.Address{Type: &workloadpb.Address_Workload{Workload: w}})
 	return r
 }
 
@@ -54,13 +54,13 @@ func Service(svc *workloadpb.Service) Resource {
 		}
 		r.Aliases = append(r.Aliases, name)
 	}
-	r.Value = marshal(&workloadpb.Address{Type: &workloadpb.Address_Service{Service: svc}})
+	r.Value = Marshal(&workloadpb.Address{Type: &workloadpb.Address_Service{Service: svc}})
 	return r
 }
 
 // Authorization makes the resource of a policy. It panics if a cannot be encoded.
 func Authorization(a *securitypb.Authorization) Resource {
-	return Resource{TypeURL: AuthorizationType, Name: a.GetNamespace() + "/" + a.GetName(), Value: marshal(a)}
+	return Resource{TypeURL: AuthorizationType, Name: a.GetNamespace() + "/" + a.GetName(), Value: Marshal(a)}
 }
 
 // Bad makes a resource whose payload is no message.
@@ -73,7 +73,8 @@ func alias(network string, address []byte) string {
 	return network + "/" + ip.String()
 }
 
-func marshal(m proto.Message) []byte {
+// Marshal encodes m. It panics if it cannot.
+func Marshal(m proto.Message) []byte {
 	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
 	if err != nil {
 		panic(fmt.Sprintf("xdstest: %v", err))

@@ -72,6 +72,7 @@ type Server struct {
 	streams    map[*stream]struct{}
 	opened     int // streams so far
 	paused     bool
+	deaf       bool
 	refuse     error
 	requests   []Request
 	forget     bool // do not keep requests
@@ -179,6 +180,19 @@ func (s *Server) Pause() { s.change(func() { s.paused = true }) }
 
 // Resume ends Pause.
 func (s *Server) Resume() { s.change(func() { s.paused = false }) }
+
+// SetDeaf reads no requests while deaf is set: what clients send fills the windows
+// of flow control.
+func (s *Server) SetDeaf(deaf bool) { s.change(func() { s.deaf = deaf }) }
+
+// listening waits until requests may be read, and is false when ctx ended first.
+func (s *Server) listening(ctx context.Context) bool {
+	return s.Wait(ctx, func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return !s.deaf
+	}) == nil
+}
 
 // Disconnect ends all streams with err, a gRPC status; nil ends them without an
 // error.

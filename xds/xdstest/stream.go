@@ -101,7 +101,7 @@ func (s *Server) DeltaAggregatedResources(g grpc.BidiStreamingServer[discoverypb
 }
 
 func (st *stream) receive(g grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryRequest, discoverypb.DeltaDiscoveryResponse]) error {
-	for {
+	for st.server.listening(g.Context()) {
 		r, err := g.Recv()
 		if errors.Is(err, io.EOF) {
 			return nil
@@ -120,6 +120,7 @@ func (st *stream) receive(g grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryR
 			return failed
 		}
 	}
+	return status.FromContextError(g.Context().Err()).Err()
 }
 
 func (st *stream) violation(format string, args ...any) {
