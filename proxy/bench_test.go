@@ -54,6 +54,33 @@ func BenchmarkTelemetry(b *testing.B) {
 	}
 }
 
+// BenchmarkConnection is a connection from accept to the last log line, with one
+// byte to and fro: through two proxies and a tunnel that is there, or through one
+// alone. The networks are in memory, so the time says little and the allocations,
+// which are those of both proxies and the applications, much.
+func BenchmarkConnection(b *testing.B) {
+	m, end := newMesh(b)
+	defer end()
+	client, server := m.add("client", "10.0.1.2"), m.add("server", "10.0.2.2")
+	plain := m.add("plain", "10.0.3.2", uncaptured)
+	for _, n := range []*node{client, server} {
+		n.proxy.access = slog.New(slog.DiscardHandler)
+	}
+	for _, tt := range []struct {
+		name string
+		dst  netip.AddrPort
+	}{{"hbone", server.echoAddr()}, {"tcp", plain.echoAddr()}} {
+		b.Run(tt.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := client.request(tt.dst, "x"); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkCopy is plain TCP through us, one direction, over loopback.
 func BenchmarkCopy(b *testing.B) {
 	app, down := tcpPair(b)

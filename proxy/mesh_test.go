@@ -32,7 +32,7 @@ import (
 // CA, and applications. It lives in a synctest bubble: its end is the proof that
 // nothing was leaked.
 type mesh struct {
-	t        *testing.T
+	t        testing.TB
 	net      *memnet.Internet
 	root     *local.CA
 	ca       ca.Provider
@@ -65,21 +65,28 @@ const echoPort = 8080
 func inMesh(t *testing.T, test func(t *testing.T, m *mesh)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		root, err := local.Open(local.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("cluster.local")})
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, stop := context.WithCancel(t.Context())
-		m := &mesh{t: t, net: memnet.New(memnet.Config{Transparent: true}), root: root, ca: root.Provider(), ctx: ctx}
-		defer m.parts.Wait()
-		defer stop()
-		defer func() {
-			for _, n := range m.nodes {
-				n.stop(nil)
-			}
-		}()
+		m, end := newMesh(t)
+		defer end()
 		test(t, m)
 	})
+}
+
+// newMesh is for those who need no bubble. end stops everything and waits for it.
+func newMesh(t testing.TB) (m *mesh, end func()) {
+	t.Helper()
+	root, err := local.Open(local.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("cluster.local")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	m = &mesh{t: t, net: memnet.New(memnet.Config{Transparent: true}), root: root, ca: root.Provider(), ctx: ctx}
+	return m, func() {
+		for _, n := range m.nodes {
+			n.stop(nil)
+		}
+		stop()
+		m.parts.Wait()
+	}
 }
 
 // one is a Router to a single provider.

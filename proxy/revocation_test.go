@@ -195,7 +195,7 @@ func TestRenewalLeavesTunnelsAlone(t *testing.T) {
 
 // held is a connection that stays open.
 type held struct {
-	t *testing.T
+	t testing.TB
 	c netns.Conn
 }
 
