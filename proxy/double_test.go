@@ -129,16 +129,20 @@ func TestDP_N09_OB21_DoubleHBONE(t *testing.T) {
 func TestDP_OB21_InnerRequest(t *testing.T) {
 	inMesh(t, func(t *testing.T, m *mesh) {
 		w := m.twoNetworks()
-		inner := m.peer("10.0.8.2:15008", w.root.SVID(t, catest.ID(serverID)), to(w.server.echoAddr()))
+		// The gateway's choice is another workload of the service than the one that we know.
+		const other = "spiffe://cluster.local/ns/other/sa/echo"
+		w.service.SubjectAltNames = append(w.service.SubjectAltNames, other)
+		m.push()
+		inner := m.peer("10.0.8.2:15008", w.root.SVID(t, catest.ID(other)), to(w.server.echoAddr()))
 		w.gateway.next = to(inner.at)
 		for _, tt := range []struct {
 			name, told, workload string
 			metric               map[string]string
 		}{
-			{"full baggage", "k8s.cluster.name=far,k8s.namespace.name=other,k8s.deployment.name=echo,service.name=svc", "echo",
-				map[string]string{"destination_cluster": "far", "destination_workload": "echo", "destination_canonical_service": "svc", "destination_workload_namespace": "default"}},
+			{"full baggage", "k8s.cluster.name=far,k8s.namespace.name=kube-system,k8s.deployment.name=echo,service.name=svc", "echo",
+				map[string]string{"destination_cluster": "far", "destination_workload": "echo", "destination_canonical_service": "svc", "destination_workload_namespace": "other"}},
 			{"no workload in it", "service.name=svc2", "", map[string]string{"destination_workload": "unknown", "destination_canonical_service": "svc2"}},
-			{"no baggage", "", "", map[string]string{"destination_workload": "unknown", "destination_canonical_service": "unknown", "destination_principal": serverID}},
+			{"no baggage", "", "", map[string]string{"destination_workload": "unknown", "destination_canonical_service": "unknown", "destination_principal": other}},
 		} {
 			inner.told = tt.told
 			c := w.hold()
@@ -387,6 +391,10 @@ func TestMovedGatewayRetiresInnerTunnels(t *testing.T) {
 			t.Errorf("the open connection: %v", err)
 		}
 		held.Close()
+		synctest.Wait()
+		if o, i := w.client.proxy.pool.Stats(), w.client.proxy.inner.Stats(); o.Closed != 1 || i.Closed != 1 {
+			t.Errorf("closed %d outer and %d inner tunnels, want 1 and 1", o.Closed, i.Closed)
+		}
 	})
 }
 
@@ -424,5 +432,20 @@ func TestDoubleHBONEWithoutFinalIdentity(t *testing.T) {
 			t.Errorf("got %v, want a refusal", err)
 		}
 		w.wantDialled(0, 0)
+
+		// What fails after the outer stream is open leaves none behind.
+		w.hold().Close()
+		svid, err := w.client.proxy.svid(m.ctx, local)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := poolKey{source: svid.ID, sourceIP: w.client.addr, dst: w.gateway.at, expected: gatewayID, epoch: svid.Epoch(), uid: w.pod.w.UID}
+		if _, _, err := w.client.proxy.dialInner(m.ctx, innerKey{outer: key, authority: remoteHost + ":80"}); !errors.As(err, &config) {
+			t.Errorf("got %v, want a refusal", err)
+		}
+		time.Sleep(innerIdle + time.Second)
+		if s := w.client.proxy.pool.Stats(); s.Dialed != 1 || s.Streams != 0 {
+			t.Errorf("outer tunnels: %+v, want one without streams", s)
+		}
 	})
 }

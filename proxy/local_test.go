@@ -7,6 +7,7 @@ import (
 
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/catest"
+	"github.com/ztunnel-go/ztunnel/state"
 )
 
 // late makes a node whose workload the control plane tells of later: until then
@@ -89,6 +90,14 @@ func TestStandIn(t *testing.T) {
 		client.wantLog(map[string]string{"message": "connection complete", "src.cluster": "Kubernetes", "error": ""})
 		if now := client.proxy.pool.Stats().Dialed; tunnel != 1 || now != 1 {
 			t.Errorf("tunnels dialled: %d, then %d, want 1", tunnel, now)
+		}
+		// When it is gone again, it is waited for again.
+		if err := client.store.Apply(state.Update{Removed: []string{client.w.UID}}); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		if err := client.request(server.echoAddr(), "hello"); err != nil || time.Since(start) != time.Second {
+			t.Errorf("after its removal: %v after %v, want 1s", err, time.Since(start))
 		}
 	})
 }

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/state"
 )
 
@@ -168,7 +169,13 @@ func TestOnDemandInbound(t *testing.T) {
 		m.push()
 		pool := m.handmade(server, m.svid(clientID))
 		defer pool.Close()
-		stream, err := pool.Open(m.ctx, "", remoteHost+":80")
+		stream, err := pool.Open(m.ctx, "", "10.0.2.2:8080", hbone.Field{Name: fieldNetwork, Value: "far"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		stream.Close()
+		wantKeys(t, d) // whoever is behind a gateway is not at the gateway's address
+		stream, err = pool.Open(m.ctx, "", remoteHost+":80")
 		if err != nil {
 			t.Fatalf("%v\n%s", err, server.logs.text("access"))
 		}
