@@ -66,6 +66,7 @@ func (in *interner) text(s string) string {
 	if same, ok := in.texts.get(s); ok {
 		return same
 	}
+	s = strings.Clone(s) // what it lay in may be the whole of a response
 	in.texts.put(s, s)
 	return s
 }
@@ -78,9 +79,6 @@ func (in *interner) workload(w *Workload) {
 		&w.Locality.Region, &w.Locality.Zone, &w.Locality.Subzone,
 	} {
 		*s = in.text(*s)
-	}
-	if strings.HasSuffix(w.UID, w.Name) {
-		w.Name = w.UID[len(w.UID)-len(w.Name):]
 	}
 	w.Waypoint, w.NetworkGateway = in.gateway(w.Waypoint), in.gateway(w.NetworkGateway)
 	w.ApplicationTunnel = shared(&in.tunnels, w.ApplicationTunnel)

@@ -245,6 +245,7 @@ func (s *Store) Apply(u Update) error {
 	}
 	s.edit.flush()
 	s.edit.changePolicies(p.policies, u.RemovedPolicies)
+	s.edit.touched.compact(s.idle)
 	s.idle.readers.Unlock()
 	if s.edit.touched.any() {
 		s.publish()
@@ -282,6 +283,7 @@ func (s *Store) Replace(u Update) error {
 	edit.insert(p)
 	edit.flush()
 	edit.changePolicies(p.policies, nil)
+	edit.touched.compact(t)
 	edit.touched = touched{}
 	s.active.Store(t)
 	s.notify(true)

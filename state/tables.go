@@ -183,17 +183,41 @@ func (k *touched) any() bool {
 		len(k.vips)+len(k.cidrs)+len(k.staged) > 0 || k.policies.accepted
 }
 
+// compact gives back the room of maps that have lost much of what was put in; maps
+// do not shrink by themselves.
+func (k *touched) compact(t *tables) {
+	t.workloads = compacted(t.workloads, len(k.workloads))
+	t.local = compacted(t.local, len(k.local))
+	t.named = compacted(t.named, len(k.named))
+	t.services = compacted(t.services, len(k.services))
+	t.hosts = compacted(t.hosts, len(k.hosts))
+	t.staged = compacted(t.staged, len(k.staged))
+	for _, n := range t.networks {
+		n.workloads = compacted(n.workloads, len(k.addresses))
+		n.vips = compacted(n.vips, len(k.vips))
+	}
+}
+
+// compacted returns m, or a copy of it after so many edits that it may be much
+// larger than what is in it.
+func compacted[K comparable, V any](m map[K]V, edits int) map[K]V {
+	if !most(edits, len(m)) {
+		return m
+	}
+	small := make(map[K]V, len(m)) // maps.Clone copies the room, too
+	maps.Copy(small, m)
+	return small
+}
+
+// most tells whether so many edits are worth a look at the whole of a map of size.
+func most(edits, size int) bool { return edits >= 1<<12 && edits >= size }
+
 // repeat carries over what stands under the keys to the other copy.
 func (k *touched) repeat(from, to *tables) {
 	to.workloads = carry(k.workloads, from.workloads, to.workloads)
 	to.local = carry(k.local, from.local, to.local)
 	to.named = carry(k.named, from.named, to.named)
-	copied := map[string]bool{}
-	for name, n := range from.networks {
-		if m := to.network(name); len(n.workloads) > 2*len(m.workloads) {
-			m.workloads, copied[name] = maps.Clone(n.workloads), true
-		}
-	}
+	copied := k.copyNetworks(from, to)
 	for _, a := range k.addresses {
 		if !copied[a.Network] {
 			to.setWorkloadAt(a, from.workloadAt(a.Network, a.Addr))
@@ -211,10 +235,23 @@ func (k *touched) repeat(from, to *tables) {
 	to.apply(k.policies)
 }
 
+// copyNetworks carries over the workloads of networks of which most has changed,
+// and names these.
+func (k *touched) copyNetworks(from, to *tables) map[string]bool {
+	copied := map[string]bool{}
+	for name, n := range from.networks {
+		if most(len(k.addresses), len(n.workloads)) {
+			to.network(name).workloads = maps.Clone(n.workloads)
+			copied[name] = true
+		}
+	}
+	return copied
+}
+
 // carry returns to with what stands in from under keys, or a copy of from, which
 // has the same content and costs less where most of it is new.
 func carry[K comparable, V any](keys []K, from, to map[K]V) map[K]V {
-	if len(from) > 2*len(to) {
+	if most(len(keys), len(from)) {
 		return maps.Clone(from)
 	}
 	for _, k := range keys {
@@ -276,7 +313,9 @@ func (c *claims[K, V]) drop(k K, holder, v V) V {
 	clear(list[len(kept):])
 	c.many[k] = kept
 	if len(kept) == 1 {
-		delete(c.many, k)
+		if delete(c.many, k); len(c.many) == 0 {
+			c.many = map[K][]V{} // the old one keeps the room of all that was in it
+		}
 		return kept[0]
 	}
 	if holder == v {

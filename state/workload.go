@@ -74,6 +74,7 @@ type workload struct {
 	Workload
 	ids  []spiffeid.ID // Identity and its aliases: what the workload may present
 	rank uint8         // who wins an address that several workloads claim
+	ip   [1]netip.Addr // what IPs refers to if there is one only, as nearly always
 }
 
 // The ranks of workloads that share an address. The UID of a pod contains
@@ -110,6 +111,7 @@ func (s *Store) newWorkload(u *WorkloadUpdate, pool *interner) (*workload, error
 	w.TrustDomain = or(w.TrustDomain, s.cfg.DefaultTrustDomain)
 	w.ServiceAccount = or(w.ServiceAccount, "default")
 	w.ClusterID = or(w.ClusterID, s.cfg.ClusterID)
+	w.own()
 	pool.workload(&w.Workload)
 	var err error
 	if w.Identity, w.ids, err = s.identities(&w.Workload, pool); err != nil {
@@ -123,6 +125,23 @@ func (s *Store) newWorkload(u *WorkloadUpdate, pool *interner) (*workload, error
 		w.rank += rankHBONE
 	}
 	return w, nil
+}
+
+// own copies what is the workload's alone next to it. It is little, and what it
+// lay in may be the whole of a response.
+func (w *workload) own() {
+	n := len(w.UID)
+	if strings.HasSuffix(w.UID, w.Name) {
+		w.UID = strings.Clone(w.UID)
+		w.Name = w.UID[n-len(w.Name):]
+	} else {
+		both := w.UID + w.Name
+		w.UID, w.Name = both[:n], both[n:]
+	}
+	if len(w.IPs) == 1 {
+		w.ip[0] = w.IPs[0]
+		w.IPs = w.ip[:]
+	}
 }
 
 // identities returns the identity of w, and what w may present.

@@ -1,0 +1,185 @@
+package state
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// BenchmarkApplyFullSet is the first response of a large cluster.
+func BenchmarkApplyFullSet(b *testing.B) {
+	u := scaleUpdate(0)
+	runtime.GC()
+	b.ReportAllocs()
+	for b.Loop() {
+		apply(b, New(Config{Network: "network-1"}), u)
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/scaleWorkloads, "ns/workload")
+}
+
+// BenchmarkApplyFullSetAgain is the same when everything is known already, as
+// after a reconnect.
+func BenchmarkApplyFullSetAgain(b *testing.B) {
+	u := scaleUpdate(0)
+	s := New(Config{Network: "network-1"})
+	apply(b, s, u)
+	runtime.GC()
+	for b.Loop() {
+		apply(b, s, u)
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/scaleWorkloads, "ns/workload")
+}
+
+// heap returns the bytes that live, and those of the memory that they occupy.
+func heap() (live, inUse int64) {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc), int64(m.HeapInuse)
+}
+
+// residentSet is the memory of the process as the kernel counts it, in bytes.
+func residentSet(b *testing.B) int64 {
+	debug.FreeOSMemory()
+	statm, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		b.Fatal(err)
+	}
+	pages, err := strconv.ParseInt(string(bytes.Fields(statm)[1]), 10, 64)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return pages * int64(os.Getpagesize())
+}
+
+// BenchmarkMemory holds a Store with both copies of its indexes to 1.2 KB of heap
+// in use for each workload, services and endpoints included, and what lives to
+// 110 % of that of the beginning after ten rounds in which everything was replaced:
+// by workloads of other names, by the same, and by a new set. An iteration is all
+// of that; the time says nothing.
+func BenchmarkMemory(b *testing.B) {
+	const limit = 1200
+	for b.Loop() {
+		live, inUse := heap()
+		rss := residentSet(b)
+		s := New(Config{Network: "network-1", NodeName: "node-0001"})
+		apply(b, s, scaleUpdate(0))
+		firstLive, firstInUse := heap()
+		firstLive, firstInUse = firstLive-live, firstInUse-inUse
+		firstRSS := residentSet(b) - rss
+		for round := 1; round <= 10; round++ {
+			replaceRound(b, s, round)
+		}
+		lastLive, lastInUse := heap()
+		lastLive, lastInUse = lastLive-live, lastInUse-inUse
+		b.ReportMetric(float64(firstInUse)/scaleWorkloads, "B/workload")
+		b.ReportMetric(float64(firstLive)/scaleWorkloads, "live-B/workload")
+		b.ReportMetric(float64(firstRSS)/scaleWorkloads, "RSS-B/workload")
+		b.ReportMetric(float64(lastLive)/float64(firstLive), "last/first")
+		b.ReportMetric(float64(lastInUse)/float64(firstInUse), "in-use-last/first")
+		if firstInUse > limit*scaleWorkloads {
+			b.Errorf("%d bytes of heap in use for each workload, want at most %d", firstInUse/scaleWorkloads, limit)
+		}
+		if lastLive > firstLive+firstLive/10 {
+			b.Errorf("the heap grew from %d to %d bytes in ten rounds", firstLive, lastLive)
+		}
+		runtime.KeepAlive(s)
+	}
+}
+
+func replaceRound(b *testing.B, s *Store, round int) {
+	switch generation := round / 3; round % 3 {
+	case 0:
+		u := scaleUpdate(generation)
+		u.Removed = scaleRemoval(generation - 1)
+		apply(b, s, u)
+	case 1:
+		apply(b, s, scaleUpdate(generation))
+	case 2:
+		if err := s.Replace(scaleUpdate(generation)); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkRouteBesideReplacement compares the latencies of Route while nothing is
+// written and while all of a large cluster is replaced again and again.
+func BenchmarkRouteBesideReplacement(b *testing.B) {
+	u := scaleUpdate(0)
+	s := New(Config{Network: "network-1"})
+	apply(b, s, u)
+	runtime.GC()
+	for b.Loop() {
+		quiet := routeLatencies(b, s, nil)
+		var rounds atomic.Int64
+		stop, done := make(chan struct{}), make(chan error)
+		go func() {
+			done <- replaceUntil(s, u, &rounds, stop)
+		}()
+		busy := routeLatencies(b, s, func() bool { return rounds.Load() >= 6 })
+		close(stop)
+		if err := <-done; err != nil {
+			b.Fatal(err)
+		}
+		q999, p999, p9999 := quantile(quiet, .999), quantile(busy, .999), quantile(busy, .9999)
+		b.ReportMetric(float64(q999.Nanoseconds()), "quiet-p99.9-ns")
+		b.ReportMetric(float64(p999.Nanoseconds()), "p99.9-ns")
+		b.ReportMetric(float64(p9999.Nanoseconds()), "p99.99-ns")
+		if limit := max(5*q999, 100*time.Microsecond); p999 > limit {
+			b.Errorf("p99.9 is %v beside replacement and %v without, want at most %v", p999, q999, limit)
+		}
+		if p9999 > 10*time.Millisecond {
+			b.Errorf("p99.99 is %v, want at most 10ms", p9999)
+		}
+	}
+}
+
+func replaceUntil(s *Store, u Update, rounds *atomic.Int64, stop <-chan struct{}) error {
+	for {
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+		write := s.Apply
+		if rounds.Load()%2 == 1 {
+			write = s.Replace
+		}
+		if err := write(u); err != nil {
+			return err
+		}
+		rounds.Add(1)
+	}
+}
+
+// routeLatencies measures half a million routes by VIP, and on until enough says
+// that it is.
+func routeLatencies(b *testing.B, s *Store, enough func() bool) []time.Duration {
+	r := rand.New(rand.NewPCG(1, 2))
+	q := Query{Source: &Workload{Namespace: "ns", Network: "network-1"}}
+	var out []time.Duration
+	for i := 0; i < 500_000 || enough != nil && !enough(); i++ {
+		q.Dst = netip.AddrPortFrom(scaleVIP(r.IntN(scaleServices)), 80)
+		start := time.Now()
+		_, err := s.Route(q)
+		out = append(out, time.Since(start))
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	return out
+}
+
+func quantile(d []time.Duration, q float64) time.Duration {
+	slices.Sort(d)
+	return d[int(float64(len(d)-1)*q)]
+}
