@@ -89,7 +89,8 @@ $(SPIRE_BIN)/spire-%:
 e2e-spire: build spire ## two nodes on a real SPIRE: delegated, broker, Workload API (root)
 	ZTUNNEL_BIN=$(BIN) SPIRE_BIN=$(SPIRE_BIN) $(GO) test -tags e2e -count=1 -timeout 20m -parallel 8 ./e2e/spire/...
 
-bench: build ## throughput and latency of bin/ztunnel
+bench: build ## tables, routing and control plane against their bounds; throughput and latency of bin/ztunnel
+	$(GO) test -run '^$$' -bench . -timeout 30m ./state ./xds
 	$(GO) run ./e2e/bench -ztunnel bin/ztunnel $(BENCH_ARGS)
 
 demo: build ## two nodes in one process, one request through the tunnel
