@@ -1,6 +1,7 @@
 package state
 
 import (
+	"slices"
 	"strings"
 )
 
@@ -65,6 +66,9 @@ func (e *editor) isStale(w *workload) bool {
 func (e *editor) begin(t *tables) { e.t = t }
 
 func (e *editor) insert(p *prepared) {
+	e.t.expect(p.workloads)
+	e.touched.workloads = slices.Grow(e.touched.workloads, len(p.workloads))
+	e.touched.addresses = slices.Grow(e.touched.addresses, len(p.workloads))
 	if len(e.t.workloads) == 0 {
 		e.t.workloads = make(map[string]*workload, len(p.workloads))
 	}

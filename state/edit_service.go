@@ -11,6 +11,7 @@ type pendingService struct {
 	fresh   bool     // the update has inserted the service: nobody has seen it yet
 	resolve bool     // the workloads of its endpoints must be looked up
 	changes []change // in the order of the update; the last of a UID counts
+	few     [4]change
 }
 
 // change adds an endpoint, or takes away what is known of its UID.
@@ -23,6 +24,7 @@ func (e *editor) pend(key NamespacedHostname) *pendingService {
 	p := e.pending[key]
 	if p == nil {
 		p = &pendingService{}
+		p.changes = p.few[:0]
 		e.pending[key] = p
 		e.order = append(e.order, key)
 	}

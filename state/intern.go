@@ -53,6 +53,7 @@ type interner struct {
 	keys  pool[uint64, []NamespacedHostname]
 	names pool[uint64, []string]
 
+	last    [13]string // of each field of the workload before
 	scratch []NamespacedHostname
 	buf     []byte
 }
@@ -73,12 +74,16 @@ func (in *interner) text(s string) string {
 
 // workload replaces what w has in common with others.
 func (in *interner) workload(w *Workload) {
-	for _, s := range [...]*string{
+	for i, s := range [...]*string{
 		&w.Namespace, &w.ServiceAccount, &w.TrustDomain, &w.Network, &w.Node, &w.ClusterID,
 		&w.WorkloadName, &w.WorkloadType, &w.CanonicalName, &w.CanonicalRevision,
 		&w.Locality.Region, &w.Locality.Zone, &w.Locality.Subzone,
 	} {
-		*s = in.text(*s)
+		// Of most of these, one workload has what the one before it has.
+		if *s != in.last[i] {
+			in.last[i] = in.text(*s)
+		}
+		*s = in.last[i]
 	}
 	w.Waypoint, w.NetworkGateway = in.gateway(w.Waypoint), in.gateway(w.NetworkGateway)
 	w.ApplicationTunnel = shared(&in.tunnels, w.ApplicationTunnel)

@@ -183,6 +183,37 @@ func (k *touched) any() bool {
 		len(k.vips)+len(k.cidrs)+len(k.staged) > 0 || k.policies.accepted
 }
 
+// expect makes room for the workloads of a large update, which costs less than
+// growing step by step.
+func (t *tables) expect(workloads []*workload) {
+	if !most(len(workloads), len(t.workloads)) {
+		return
+	}
+	addresses := map[string]int{}
+	for _, w := range workloads {
+		if w.NetworkMode != HostNetwork {
+			addresses[w.Network] += len(w.IPs)
+		}
+	}
+	t.workloads = roomy(t.workloads, len(workloads))
+	for name, n := range t.networks {
+		n.workloads = roomy(n.workloads, addresses[name])
+		delete(addresses, name)
+	}
+	for name, n := range addresses {
+		if n > 0 {
+			t.network(name).workloads = make(map[netip.Addr]*workload, n)
+		}
+	}
+}
+
+// roomy returns a copy of m with room for so many entries.
+func roomy[K comparable, V any](m map[K]V, n int) map[K]V {
+	c := make(map[K]V, max(n, len(m)))
+	maps.Copy(c, m)
+	return c
+}
+
 // compact gives back the room of maps that have lost much of what was put in; maps
 // do not shrink by themselves.
 func (k *touched) compact(t *tables) {
@@ -201,12 +232,10 @@ func (k *touched) compact(t *tables) {
 // compacted returns m, or a copy of it after so many edits that it may be much
 // larger than what is in it.
 func compacted[K comparable, V any](m map[K]V, edits int) map[K]V {
-	if !most(edits, len(m)) {
+	if !most(edits, 2*len(m)) { // what was only put in counts once
 		return m
 	}
-	small := make(map[K]V, len(m)) // maps.Clone copies the room, too
-	maps.Copy(small, m)
-	return small
+	return roomy(m, 0) // maps.Clone copies the room, too
 }
 
 // most tells whether so many edits are worth a look at the whole of a map of size.
