@@ -29,7 +29,8 @@ func policyOf(action securitypb.Action, m *securitypb.Match) *securitypb.Authori
 	}
 }
 
-func TestConvertEveryFieldOfAPolicy(t *testing.T) {
+// fullPolicy has every field set.
+func fullPolicy() *securitypb.Authorization {
 	ip := func(ip string, length uint32) *securitypb.Address {
 		return &securitypb.Address{Address: bytesOf(ip), Length: length}
 	}
@@ -51,8 +52,12 @@ func TestConvertEveryFieldOfAPolicy(t *testing.T) {
 	})
 	in.Scope, in.DryRun, in.Extensions = securitypb.Scope_NAMESPACE, true, extension
 	in.Rules = append(in.Rules, &securitypb.Rule{Clauses: []*securitypb.Clause{{}}}, &securitypb.Rule{})
+	return in
+}
+
+func TestConvertEveryFieldOfAPolicy(t *testing.T) {
 	var u state.Update
-	if err := convertAuthorization(policyResource(t, in), &u); err != nil {
+	if err := convertAuthorization(policyResource(t, fullPolicy()), &u); err != nil {
 		t.Fatal(err)
 	}
 	p := func(s string) []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix(s)} }

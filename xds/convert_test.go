@@ -118,8 +118,9 @@ func networkAddress(network, ip string, length ...uint32) *workloadpb.NetworkAdd
 	return a
 }
 
-func TestConvertEveryFieldOfAService(t *testing.T) {
-	in := &workloadpb.Service{
+// fullService has every field set.
+func fullService() *workloadpb.Service {
+	return &workloadpb.Service{
 		Name: "svc", Namespace: "ns", Hostname: "svc.example",
 		Addresses: []*workloadpb.NetworkAddress{
 			networkAddress("nw", "10.1.0.1"), networkAddress("", "10.1.0.2", 32), networkAddress("", "2001:db8::2", 128),
@@ -143,8 +144,11 @@ func TestConvertEveryFieldOfAService(t *testing.T) {
 			{Destination: gatewayByName("ns", "w2", 15008)},
 		},
 	}
+}
+
+func TestConvertEveryFieldOfAService(t *testing.T) {
 	var u state.Update
-	key, kind, err := convertAddress(serviceResource(t, in), &u)
+	key, kind, err := convertAddress(serviceResource(t, fullService()), &u)
 	if err != nil || key != "ns/svc.example" || kind != state.ServiceResource {
 		t.Fatalf("got %q, %q, %v", key, kind, err)
 	}

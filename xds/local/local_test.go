@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -97,6 +98,8 @@ func TestST_WL08_ShippedExample(t *testing.T) {
 	}
 }
 
+var update = flag.Bool("update", false, "rewrite the files in testdata")
+
 const full = `
 workloads:
 - uid: u1
@@ -181,7 +184,7 @@ func TestEveryKeyAndRoundTrip(t *testing.T) {
 	dump := encode(t, src.StaticConfig())
 	const want = "testdata/full.golden"
 	golden, err := os.ReadFile(want)
-	if os.Getenv("UPDATE_GOLDEN") != "" {
+	if *update {
 		if err := os.WriteFile(want, []byte(dump), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -223,6 +226,35 @@ workloads: [{workloadIps: [10.0.0.1], namespace: ns, name: n, trustDomain: "", s
 	}
 	if w.Identity.String() != "spiffe://td.example/ns/ns/sa/default" || w.ClusterID != "c1" || w.Capacity != 1 || w.Protocol != state.TCP {
 		t.Errorf("got %+v", w)
+	}
+}
+
+// The forms of spec/state-xds-dns.md §6.2 that have more than one spelling.
+func TestSpellings(t *testing.T) {
+	store := state.New(state.Config{})
+	src := newSource(t, Config{Store: store, Inline: `
+workloads:
+- {uid: absent, workloadIps: [], namespace: ns, services: {}, applicationTunnel: {protocol: NONE}}
+- {uid: "null", workloadIps: [], namespace: ns, services: {}, applicationTunnel: {protocol: PROXY, port: null}}
+- {uid: none, workloadIps: [], namespace: ns, services: {}, applicationTunnel: null, waypoint: ~, status: Healthy}
+services:
+- {name: s, namespace: ns, hostname: h, vips: [], ports: {"80": 8080, 81: 0}, cidrVips: [{network: "", cidr: "fd00::/8"}], ipFamilies: null}
+`})
+	if err := src.Load(); err != nil {
+		t.Fatal(err)
+	}
+	for uid, want := range map[string]*state.ApplicationTunnel{"absent": {}, "null": {Proxy: true}, "none": nil} {
+		w, ok := store.WorkloadByUID(uid)
+		if !ok {
+			t.Fatalf("no workload %s", uid)
+		}
+		if diff := cmp.Diff(want, w.ApplicationTunnel); diff != "" || w.Waypoint != nil {
+			t.Errorf("%s (-want +got):\n%s", uid, diff)
+		}
+	}
+	svc := store.Dump().Services[0]
+	if diff := cmp.Diff(map[uint16]uint16{80: 8080, 81: 0}, svc.Ports); diff != "" || svc.IPFamilies != "" {
+		t.Errorf("ports (-want +got):\n%s, IP families %q", diff, svc.IPFamilies)
 	}
 }
 
