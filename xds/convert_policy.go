@@ -1,7 +1,7 @@
 package xds
 
 import (
-	"fmt"
+	"errors"
 	"net/netip"
 	"strings"
 
@@ -50,11 +50,8 @@ func convertAuthorization(r *discoverypb.Resource, u *state.Update) error {
 		DryRun:       a.GetDryRun(),
 		Rules:        convertEach(&c, a.GetRules(), c.rule),
 	}
-	switch {
-	case r.GetName() == "":
+	if r.GetName() == "" {
 		c.fail(errNoName)
-	case p.Name == "":
-		c.fail(fmt.Errorf("name is empty"))
 	}
 	if c.err == nil {
 		u.Policies = append(u.Policies, p)
@@ -83,9 +80,6 @@ func tombstone(a *securitypb.Authorization, p *state.Policy) *state.Policy {
 	}
 	if _, ok := policyActions[a.GetAction()]; !ok {
 		p.Action = state.Deny
-	}
-	if p.Name == "" {
-		p.Name = "unnamed"
 	}
 	return p
 }
@@ -159,7 +153,7 @@ func stringMatch(m *securitypb.StringMatch) (state.StringMatch, error) {
 	case *securitypb.StringMatch_Presence:
 		return state.StringMatch{Kind: state.Presence}, nil
 	}
-	return state.StringMatch{}, fmt.Errorf("string match without exact, prefix, suffix or presence")
+	return state.StringMatch{}, errors.New("string match without exact, prefix, suffix or presence")
 }
 
 func accountMatch(m *securitypb.ServiceAccountMatch) (state.ServiceAccountMatch, error) {

@@ -189,6 +189,12 @@ func TestPolicyOfUnknownScopeOrAction(t *testing.T) {
 			if identified, anonymous := verdicts(t, s, "ns/p"); identified || anonymous {
 				t.Error("it opens for those who name it")
 			}
+			all := &securitypb.Authorization{Name: "all", Namespace: "ns", Rules: []*securitypb.Rule{{}}}
+			applyAuthorizations(s, []*discoverypb.Resource{policyResource(t, all)}, nil)
+			if identified, _ := verdicts(t, s, "ns/p"); identified == (tc.action != securitypb.Action_ALLOW) {
+				t.Errorf("beside an ALLOW policy for all: allowed = %v", identified)
+			}
+			applyAuthorizations(s, nil, []string{"ns/all"})
 			if identified, _ := verdicts(t, s); identified == tc.all {
 				t.Errorf("for those who do not name it: allowed = %v", identified)
 			}
