@@ -152,6 +152,10 @@ func (d *demands) enqueue(a *demand, now time.Time) {
 		a.done = make(chan struct{})
 	}
 	a.state, a.at = demandQueued, now
+	if len(d.queue) >= 2*maxWaiting {
+		// Without a stream nobody takes what was given up long ago.
+		d.queue = slices.DeleteFunc(d.queue, func(a *demand) bool { return a.state != demandQueued })
+	}
 	d.queue = append(d.queue, a)
 	d.signal()
 }
@@ -237,6 +241,9 @@ func (d *demands) take() (unsubscribe, subscribe []string, more bool) {
 func (d *demands) answer(r *discoverypb.DeltaDiscoveryResponse) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if len(d.keys) == 0 {
+		return
+	}
 	for _, res := range r.GetResources() {
 		d.answered(res.GetName())
 		for _, alias := range res.GetAliases() {

@@ -278,6 +278,38 @@ func TestFault_92_AddressScan(t *testing.T) {
 	})
 }
 
+// TestFault_92_ScanWithoutServer: what was asked for while there is no stream, and
+// given up, leaves nothing.
+func TestFault_92_ScanWithoutServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, xdstest.Config{}, func(c *xds.Config) { c.OnDemand, c.Logger = true, nil })
+		w.settle()
+		w.setDown(errors.New("connection refused"))
+		synctest.Wait()
+		heap := func() int64 {
+			var m runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&m)
+			return int64(m.HeapAlloc)
+		}
+		canceled, cancel := context.WithCancel(t.Context())
+		cancel()
+		scan := func(from, to int) {
+			for i := from; i < to; i++ {
+				if err := w.client.Demand(canceled, fmt.Sprintf("/net-%040d/1.2.3.4", i)); !errors.Is(err, context.Canceled) {
+					t.Fatalf("key %d: %v", i, err)
+				}
+			}
+		}
+		scan(0, 20_000)
+		before := heap()
+		scan(20_000, 120_000)
+		if grown := heap() - before; grown > 4<<20 {
+			t.Errorf("the heap has grown by %d bytes", grown)
+		}
+	})
+}
+
 // TestDemandLimit: beyond so many that wait, an error at once.
 func TestDemandLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -295,7 +295,7 @@ func (s *session) process(ctx context.Context, sub *subscription, r *discoverypb
 	}
 	rejected := sub.apply(r.GetResources(), r.GetRemovedResources(), stale)
 	s.c.mu.Lock()
-	held := len(sub.known) + len(sub.rejected)
+	held := sub.held()
 	sub.note(r, rejected)
 	sub.answered = true
 	s.suspect(sub, stale)

@@ -143,10 +143,16 @@ func TestStaleMarkIsTakenBack(t *testing.T) {
 		if got := w.status(xdstest.AddressType); got.Stale != 1 || holder() != "other" {
 			t.Fatalf("status %+v, want 1 stale; %s has the address", got, holder())
 		}
+		w.server.Remove(xdstest.AddressType, "uid0", "uid1", "uid2") // so few that versions are told again
+		w.settle()
 		w.away(func() {
 			w.server.SetEchoLimit(0)
 			w.server.Set(r)
 		})
+		told := w.initial(xdstest.AddressType).GetInitialResourceVersions()
+		if version, ok := told["uid"]; len(told) == 0 || !ok || version != "" {
+			t.Errorf("told %v, want uid without a version", told)
+		}
 		sleep(time.Minute)
 		if w.status(xdstest.AddressType).Stale != 0 || holder() != "uid" {
 			t.Errorf("%+v; %s has the address, want the one that came last", w.status(xdstest.AddressType), holder())

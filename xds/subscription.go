@@ -106,6 +106,17 @@ func (s *subscription) unnamed(r *discoverypb.DeltaDiscoveryResponse) []string {
 	return out
 }
 
+// held is how many resources there are, tombstones included.
+func (s *subscription) held() int {
+	n := len(s.known)
+	for name := range s.rejected {
+		if _, ok := s.known[name]; !ok {
+			n++
+		}
+	}
+	return n
+}
+
 // note records the outcome of a response that was applied.
 func (s *subscription) note(r *discoverypb.DeltaDiscoveryResponse, rejected *state.RejectedError) {
 	var bad map[string]string
