@@ -123,6 +123,18 @@ func TestRouteHostname(t *testing.T) {
 // toPort is a next hop whose address is not known yet.
 func toPort(port uint16) netip.AddrPort { return netip.AddrPortFrom(netip.Addr{}, port) }
 
+// spec/state-xds-dns.md §4.9: the address that was dialled goes before all others,
+// also before those that the service allows.
+func TestRouteDialledAddress(t *testing.T) {
+	many := but(obLocal, func(w *Workload) { w.IPs = ips("127.0.0.20", "127.0.0.2", "ff06::c3") })
+	runCases(t, []routeCase{
+		{name: "not the first", workloads: []WorkloadUpdate{member(many, nil)}, dst: "127.0.0.2:80",
+			rule: "F", protocol: HBONE, authority: "127.0.0.2:80", nextHop: "127.0.0.2:15008", uid: obLocal.UID},
+		{name: "waypoint by address", workloads: []WorkloadUpdate{member(many, nil)}, services: []*Service{example(via(gw("127.0.0.2", 15008)))}, dst: "127.0.0.3:80",
+			rule: "A2", protocol: HBONE, authority: "127.0.0.3:80", nextHop: "127.0.0.2:15008", uid: obLocal.UID},
+	})
+}
+
 func TestResolved(t *testing.T) {
 	f := Route{Rule: "F", Protocol: HBONE, Resolve: "db", NextHop: toPort(15008), Authority: Authority{Addr: toPort(8080)}}
 	g := Route{Rule: "G", Resolve: "db", NextHop: toPort(8080)}

@@ -45,9 +45,6 @@ const pickedRanks = 32
 func (p *picker) pick() (*workload, uint16) {
 	p.svcPort, p.declared = target(p.svc.Ports, p.port)
 	p.top = -1
-	if !p.declared && p.mode == standardMode {
-		return nil, 0
-	}
 	var total uint64
 	var ranks [pickedRanks]int32 // -1: dropped
 	for i := range p.svc.Endpoints {

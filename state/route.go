@@ -70,7 +70,15 @@ func (d *decision) route() (Route, error) {
 			return d.throughServiceWaypoint(svc, g)
 		}
 	}
-	up, err := d.endpointAt(q.Source.Network, q.Dst, standardMode)
+	// The endpoint lookup is by the network of the source, and prefers services.
+	found, own := svc, w
+	if elsewhere := q.Source.Network != d.s.cfg.Network; elsewhere || w != nil {
+		found = d.t.serviceAt(q.Source.Network, q.Dst.Addr(), q.Source.Namespace)
+		if elsewhere {
+			own = d.t.workloadAt(q.Source.Network, q.Dst.Addr())
+		}
+	}
+	up, err := d.endpoint(found, own, q.Dst, standardMode)
 	if err != nil {
 		return Route{}, err
 	}
@@ -143,17 +151,27 @@ func (d *decision) toEndpoint(svc *service, up upstream) (Route, error) {
 }
 
 // endpointAt is the endpoint lookup of spec/state-xds-dns.md §4.6: by the VIP of
-// a service, else by the address of a workload. No workload means that there is
-// none; the service is then the one that was addressed, if any.
+// a service, else by the address of a workload.
 func (d *decision) endpointAt(network string, dst netip.AddrPort, mode portMode) (upstream, error) {
-	if svc := d.t.serviceAt(network, dst.Addr(), d.q.Source.Namespace); svc != nil {
-		if svc.passthrough() {
-			d.e.passthrough(svc)
-			return upstream{service: svc}, nil
-		}
-		return d.endpointOf(svc, dst.Port(), dst.Addr(), mode)
+	svc := d.t.serviceAt(network, dst.Addr(), d.q.Source.Namespace)
+	if svc != nil {
+		return d.endpoint(svc, nil, dst, mode)
 	}
-	return d.itself(d.t.workloadAt(network, dst.Addr()), dst)
+	return d.endpoint(nil, d.t.workloadAt(network, dst.Addr()), dst, mode)
+}
+
+// endpoint is the endpoint of a service that was found by its VIP, or if that is
+// nil the workload of the address. No workload in the answer means that there is
+// none; the service is then the one that was addressed, if any.
+func (d *decision) endpoint(svc *service, w *workload, dst netip.AddrPort, mode portMode) (upstream, error) {
+	switch {
+	case svc == nil:
+		return d.itself(w, dst)
+	case svc.passthrough():
+		d.e.passthrough(svc)
+		return upstream{service: svc}, nil
+	}
+	return d.endpointOf(svc, dst.Port(), dst.Addr(), mode)
 }
 
 // itself is a workload that was dialled at its own address, nil for none.
