@@ -23,6 +23,9 @@ func randomUpdate(r *rand.Rand) Update {
 			UID: uid(), Namespace: "ns0", Protocol: Protocol(r.IntN(2)), NetworkMode: NetworkMode(r.IntN(2)), Health: Health(r.IntN(2)),
 			IPs: []netip.Addr{ip(), ip()},
 		}
+		if r.IntN(3) == 0 {
+			w.Hostname = "host"
+		}
 		u.Workloads = append(u.Workloads, member(w, services))
 	}
 	for range r.IntN(3) {
@@ -34,7 +37,11 @@ func randomUpdate(r *rand.Rand) Update {
 		if r.IntN(2) == 0 {
 			sv.LoadBalancer = &LoadBalancer{HealthPolicy: HealthPolicy(r.IntN(2))}
 		}
+		sv.Visibility, sv.Canonical = Visibility(r.IntN(2)), r.IntN(2) == 0
 		u.Services = append(u.Services, sv)
+	}
+	if r.IntN(3) == 0 {
+		u.Stale = append(u.Stale, uid(), key().String())
 	}
 	if r.IntN(2) == 0 {
 		u.Removed = append(u.Removed, uid(), key().String())
