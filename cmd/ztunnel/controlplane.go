@@ -72,7 +72,7 @@ func (n *node) gateReason() string {
 	s := n.xds.Status()
 	if !s.Connected {
 		if s.LastError == "" {
-			return "connecting to the control plane at " + s.Address
+			return "waiting for the control plane at " + s.Address + " to answer"
 		}
 		return singleLine(s.LastError)
 	}

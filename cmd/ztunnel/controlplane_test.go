@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/ztunnel-go/ztunnel/xds"
+	"github.com/ztunnel-go/ztunnel/xds/discoverypb"
 	"github.com/ztunnel-go/ztunnel/xds/securitypb"
 	"github.com/ztunnel-go/ztunnel/xds/xdstest"
 )
@@ -77,6 +78,15 @@ func TestXDS_Gate(t *testing.T) {
 		!strings.HasPrefix(body, "not ready, pending: proxy, state manager\nstate manager: ") || strings.Count(body, "\n") != 2 {
 		t.Errorf("before the gate: readiness %d %q", code, body)
 	}
+	// Workloads alone do not open it: policies are missing.
+	server.Inject(&discoverypb.DeltaDiscoveryResponse{TypeUrl: xdstest.AddressType})
+	d.eventually(func() error {
+		_, body := d.client.readiness(t)
+		if !strings.HasSuffix(body, ", which has not sent istio.security.Authorization\n") {
+			return errors.New(body)
+		}
+		return nil
+	})
 	select {
 	case err := <-served:
 		t.Errorf("a connection was served before the gate: %v", err)

@@ -141,6 +141,7 @@ func TestXDS_OnDemand(t *testing.T) {
 	o.Dest.Env = o.Source.Env
 	p := newPair(t, o)
 	stranger := p.AddPod("stranger", 2)
+	stranger.StartApp()
 	server, elsewhere := p.Server.Workload(), stranger.Workload()
 	elsewhere.Node = "elsewhere" // of its own node a proxy hears unasked
 	world.Endpoint(server, "server", 80, world.DoublePort)
@@ -158,6 +159,21 @@ func TestXDS_OnDemand(t *testing.T) {
 	other := p.AddPod("other", 2)
 	other.StartApp()
 	p.Client.Exchange(other.At(world.DoublePort), greeting, greeting+greeting)
+
+	// Without a control plane what was asked for stays known. What was not is not
+	// reached in the clear instead.
+	p.Control().Stop()
+	p.Client.Exchange(p.Server.At(world.DoublePort), greeting, greeting+greeting)
+	dst := stranger.At(world.ChatPort)
+	c, err := p.Client.Net.Dial(p.Ctx, netip.Addr{}, dst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := errors.Join(c.SetDeadline(time.Now().Add(20*time.Second)), world.Exchange(c, "clear", "clear")); err == nil {
+		t.Error("an address that was never asked for is reached without a control plane")
+	}
+	p.Source.Expect(p.Ctx, world.Fields{"message": "connection failed", "direction": "outbound", "dst.addr": dst.String()})
 }
 
 // One bad resource among many: the others are applied, and one NACK names it.
