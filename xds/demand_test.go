@@ -360,6 +360,27 @@ func TestDemandKeys(t *testing.T) {
 	})
 }
 
+// TestDemandDroppedBeforeItsTurn: what is given up while others have their turn is
+// not asked for.
+func TestDemandDroppedBeforeItsTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, xdstest.Config{}, onDemand)
+		w.settle()
+		if err := w.client.Demand(t.Context(), "uid1"); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if err := w.client.Demand(ctx, "uid2"); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		sleep(time.Minute)
+		if sub, _, _ := w.asked(); !slices.Equal(sub, []string{"uid1"}) {
+			t.Errorf("asked for %q", sub)
+		}
+	})
+}
+
 // TestDemandDroppedWhenCanceled: what nobody waits for is not asked for.
 func TestDemandDroppedWhenCanceled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

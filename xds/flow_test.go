@@ -78,7 +78,7 @@ func TestWriterDoesNotBlockReader(t *testing.T) {
 		w := newWorld(t, xdstest.Config{}, nil)
 		w.settle()
 		w.server.SetDeaf(true)
-		const n = 2000
+		const n = 4000
 		for i := range n {
 			w.server.Inject(&discoverypb.DeltaDiscoveryResponse{TypeUrl: xdstest.AddressType, Nonce: fmt.Sprint("n", i), Resources: []*discoverypb.Resource{
 				{Name: fmt.Sprint("uid", i), Resource: xdsAnyOf(workload(fmt.Sprint("uid", i), ""))},
@@ -92,14 +92,14 @@ func TestWriterDoesNotBlockReader(t *testing.T) {
 			t.Errorf("the server has read %d requests", n)
 		}
 		w.server.SetDeaf(false)
-		w.settle()
+		sleep(10 * time.Second)
 		answered := 0
 		for _, r := range w.server.Requests() {
 			if strings.HasPrefix(r.GetResponseNonce(), "n") {
 				answered++
 			}
 		}
-		if answered < 1000 || answered > n {
+		if answered < 1000 || answered > n*3/4 { // some fit into the windows, and the others are bounded
 			t.Errorf("%d answers to %d responses", answered, n)
 		}
 		if _, ok := w.last(xdstest.AddressType, func(r xdstest.Request) bool { return r.GetResponseNonce() == fmt.Sprint("n", n-1) }); !ok {

@@ -45,9 +45,18 @@ func (w *world) metric(family, label string) float64 {
 	return 0
 }
 
-// TestST_XDS13_Backoff: the table of spec §3.7, with jitter of a fifth. Each case
-// begins with an open stream that has lived for a while.
-func TestST_XDS13_Backoff(t *testing.T) {
+// ending is a way in which streams end, and what the client does then.
+type ending struct {
+	name   string
+	end    func(*world) // ends the open stream, and all later ones
+	reason string       // of the first
+	level  string
+	delays []time.Duration // before the next attempts
+	text   []string        // in the status
+}
+
+// endings is the table of spec §3.7.
+func endings() []ending {
 	ms := func(n ...int) (out []time.Duration) {
 		for _, v := range n {
 			out = append(out, time.Duration(v)*time.Millisecond)
@@ -55,14 +64,7 @@ func TestST_XDS13_Backoff(t *testing.T) {
 		return out
 	}
 	growing := ms(20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240, 15000, 15000, 15000)
-	for _, tt := range []struct {
-		name   string
-		end    func(*world) // ends the open stream, and all later ones
-		reason string       // of the first
-		level  string
-		delays []time.Duration // before the next attempts
-		text   []string        // in the status
-	}{
+	return []ending{
 		{name: "cannot connect", end: func(w *world) {
 			w.server.Refuse(status.Error(codes.Unavailable, "no"))
 			w.setDown(errors.New("connection refused"))
@@ -102,7 +104,13 @@ func TestST_XDS13_Backoff(t *testing.T) {
 			w.server.Refuse(status.Error(codes.Internal, "later"))
 			w.server.Disconnect(nil)
 		}, reason: "Complete", level: "WARN", delays: append(ms(0), growing...)},
-	} {
+	}
+}
+
+// TestST_XDS13_Backoff: delays with a jitter of a fifth, reasons, log and status.
+// Each case begins with an open stream that has lived for a while.
+func TestST_XDS13_Backoff(t *testing.T) {
+	for _, tt := range endings() {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, xdstest.Config{}, nil)

@@ -266,6 +266,31 @@ func TestST_XDS17_Synced(t *testing.T) {
 	})
 }
 
+// TestST_XDS17_EveryType: one type does not stand for another, however often its
+// first response comes, nor does one that is fetched on demand.
+func TestST_XDS17_EveryType(t *testing.T) {
+	for _, onDemand := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, xdstest.Config{}, func(c *xds.Config) { c.OnDemand = onDemand })
+			w.server.Pause()
+			for range 3 {
+				sleep(time.Minute)
+				w.server.Inject(&discoverypb.DeltaDiscoveryResponse{TypeUrl: xdstest.AddressType})
+				sleep(time.Second)
+				w.server.Disconnect(nil)
+			}
+			if w.synced() {
+				t.Errorf("on demand %t: synced without policies", onDemand)
+			}
+			w.server.Resume()
+			sleep(time.Minute)
+			if !w.synced() {
+				t.Errorf("on demand %t: not synced", onDemand)
+			}
+		})
+	}
+}
+
 // TestFault_117_OneBadAmongMany: the others are applied, the NACK names the one,
 // the log has one line.
 func TestFault_117_OneBadAmongMany(t *testing.T) {

@@ -234,7 +234,7 @@ func TestStalePolicies(t *testing.T) {
 // not given up.
 func TestOnDemandKeepsWhatIsNotNamed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, xdstest.Config{}, func(c *xds.Config) { c.OnDemand = true })
+		w := newWorld(t, xdstest.Config{Personality: xdstest.IstiodUnversioned}, func(c *xds.Config) { c.OnDemand = true })
 		w.fill(3)
 		for i := range 3 {
 			if err := w.client.Demand(t.Context(), fmt.Sprintf("uid%d", i)); err != nil {
