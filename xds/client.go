@@ -93,19 +93,7 @@ func (c *Client) Demand(ctx context.Context, key string) error {
 	if key == "" || key == "*" {
 		return fmt.Errorf("ask for %q: no name of one resource", key)
 	}
-	if c.holds(key) {
-		return nil
-	}
 	return c.demands.wait(ctx, key)
-}
-
-// holds reports whether a resource of that canonical name was accepted. The server
-// keeps us informed of it, and would not answer.
-func (c *Client) holds(name string) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	_, ok := c.subscription(addressURL).known[name]
-	return ok
 }
 
 // Run connects, and connects again whenever the connection is lost, until ctx

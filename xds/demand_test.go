@@ -122,8 +122,8 @@ func TestST_XDS16_Bounded(t *testing.T) {
 		if err := w.client.Demand(ctx, "uid2"); err == nil || !strings.Contains(err.Error(), "the connection is gone") || !strings.Contains(err.Error(), "uid2") {
 			t.Errorf("got %v, want the cause and the name", err)
 		}
-		w.server.Resume()
 		w.server.Set(xdstest.Workload(workload("uid1", "1.2.3.4")))
+		w.server.Resume()
 		if err := w.client.Demand(t.Context(), "uid1"); err != nil || !w.has("uid1") {
 			t.Errorf("%v, there %t", err, w.has("uid1"))
 		}
