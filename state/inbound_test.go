@@ -20,6 +20,7 @@ type inboundCase struct {
 	workloadVia, serviceVia *GatewayAddress
 	weighted                []WeightedWaypoint // of the service of the server
 	serviceMods             []func(*Service)   // of the same
+	others                  []*Service
 	tunnel                  *ApplicationTunnel // of the waypoint
 	local, conn, authority  string             // authority: an address, else
 	host                    string
@@ -55,7 +56,7 @@ func (c *inboundCase) store(t *testing.T) *Store {
 				map[NamespacedHostname][]Port{host("ns", "waypoint.ns.svc"): nil}),
 			member(Workload{UID: "other-waypoint", IPs: ips("10.0.0.4")}, nil),
 		},
-		Services: []*Service{server, service("waypoint", inWaypointVIP, 15008), service("named", "10.10.0.3", 0)},
+		Services: append([]*Service{server, service("waypoint", inWaypointVIP, 15008), service("named", "10.10.0.3", 0)}, c.others...),
 	})
 	return s
 }
@@ -140,6 +141,8 @@ func TestInboundDestination(t *testing.T) {
 		toVIP(inboundCase{name: "another waypoint", serviceVia: other, wantErr: ErrIPMismatch}),
 		toVIP(inboundCase{name: "waypoint in another network", serviceVia: inRemote(gw(inWaypoint, 15008)), wantErr: ErrIPMismatch}),
 		toVIP(inboundCase{name: "of a service that our namespace does not see", serviceVia: vip, serviceMods: []func(*Service){hidden}, want: "10.0.0.3:80"}),
+		toVIP(inboundCase{name: "of the service of our namespace, beside a canonical one", serviceVia: vip, others: []*Service{
+			{Namespace: "other", Hostname: "canonical", Canonical: true, VIPs: []NetworkAddress{{"", addr(inVIP)}}}}, want: "10.0.0.3:80"}),
 		{name: "the service of the server does not make it a waypoint", serviceVia: vip, local: "server", conn: inServer, authority: inVIP + ":80", wantErr: ErrIPMismatch},
 		{name: "a tunnel takes any address", tunnel: &ApplicationTunnel{Port: 15088}, local: "waypoint", conn: inWaypoint, authority: inClient + ":80", want: "10.0.0.3:15088"},
 		{name: "a tunnel without port or PROXY", tunnel: &ApplicationTunnel{}, local: "waypoint", conn: inWaypoint, authority: inClient + ":80", want: "10.0.0.3:80"},

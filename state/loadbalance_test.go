@@ -2,6 +2,8 @@ package state
 
 import (
 	"errors"
+	"fmt"
+	"net/netip"
 	"slices"
 	"testing"
 
@@ -122,6 +124,37 @@ func TestCapacity(t *testing.T) {
 	r, err := s.Route(Query{Source: &Workload{Namespace: "ns"}, Dst: addrPort("127.0.0.3:80"), Draw: func(n uint64) uint64 { return n - 1 }})
 	if err != nil || r.Workload.UID != "y" {
 		t.Errorf("got %+v, %v", r, err)
+	}
+}
+
+// The best endpoints of many are found wherever they stand.
+func TestPickAmongMany(t *testing.T) {
+	s := New(Config{})
+	u := Update{Services: []*Service{example(mode(LoadBalanceFailover, ScopeRegion))}}
+	best := map[string]bool{"w05": true, "w50": true, "w99": true}
+	for i := range 100 {
+		uid := fmt.Sprintf("w%02d", i)
+		w := Workload{UID: uid, IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i)})}, Locality: Locality{Region: "far"}}
+		if best[uid] {
+			w.Locality.Region = "near"
+		}
+		u.Workloads = append(u.Workloads, inExample(w))
+	}
+	apply(t, s, u)
+	q := Query{Source: &Workload{Namespace: "ns", Locality: Locality{Region: "near"}}}
+	got := map[string]int{}
+	for n := range uint64(3) {
+		q.Draw = func(sum uint64) uint64 {
+			if sum != 3 {
+				t.Errorf("drawn from %d, want 3", sum)
+			}
+			return n
+		}
+		w, _ := s.pick(exampleKey, &q, 80, standardMode)
+		got[w.UID]++
+	}
+	if diff := cmp.Diff(map[string]int{"w05": 1, "w50": 1, "w99": 1}, got); diff != "" {
+		t.Error(diff)
 	}
 }
 
