@@ -228,16 +228,13 @@ func (e *editor) replaceService(old, next *service) {
 
 // eachCIDR calls f with every place of s among the CIDR VIPs.
 func (s *service) eachCIDR(f func(cidrKey)) {
-	all := cidrScope{kind: publicCIDRs}
-	if s.Visibility == NamespaceVisibility {
-		all.kind = privateCIDRs
-	}
-	own := cidrScope{namespace: s.Namespace, kind: ownCIDRs}
 	for _, c := range s.CIDRVIPs {
-		own.network, all.network = c.Network, c.Network
 		prefix := c.Prefix.Masked()
-		f(cidrKey{own, prefix})
-		f(cidrKey{all, prefix})
+		f(cidrKey{cidrScope{c.Network, s.Namespace, ownCIDRs}, prefix})
+		f(cidrKey{cidrScope{network: c.Network, kind: allCIDRs}, prefix})
+		if s.Visibility != NamespaceVisibility {
+			f(cidrKey{cidrScope{network: c.Network, kind: publicCIDRs}, prefix})
+		}
 	}
 }
 

@@ -72,35 +72,22 @@ func (t *tables) serviceAt(network string, ip netip.Addr, ns string) *service {
 
 // serviceOfCIDR ranks by namespace, then prefix length, then canonical, then
 // insertion. All that a client may see are the ranges of its own namespace, which
-// come first, and the public ones; who stands in no namespace sees the private
-// ones as well.
+// come first, and the public ones; who stands in no namespace sees all.
 func (t *tables) serviceOfCIDR(network string, ip netip.Addr, ns string) *service {
+	scope := cidrScope{network: network, kind: allCIDRs}
 	if ns != "" {
 		if own := t.cidrs[cidrScope{network, ns, ownCIDRs}]; own != nil {
 			if svc, ok := own.Lookup(ip); ok {
 				return svc
 			}
 		}
+		scope.kind = publicCIDRs
 	}
-	var public, private netip.Prefix
-	var svc, hidden *service
-	if all := t.cidrs[cidrScope{network, "", publicCIDRs}]; all != nil {
-		if ns != "" {
-			svc, _ = all.Lookup(ip)
-			return svc
-		}
-		public, svc, _ = all.LookupPrefixLPM(netip.PrefixFrom(ip, ip.BitLen()))
+	if shared := t.cidrs[scope]; shared != nil {
+		svc, _ := shared.Lookup(ip)
+		return svc
 	}
-	if ns != "" {
-		return nil
-	}
-	if all := t.cidrs[cidrScope{network, "", privateCIDRs}]; all != nil {
-		private, hidden, _ = all.LookupPrefixLPM(netip.PrefixFrom(ip, ip.BitLen()))
-	}
-	if svc == nil || hidden != nil && (private.Bits() > public.Bits() || private.Bits() == public.Bits() && hidden.beatsInRange(svc)) {
-		return hidden
-	}
-	return svc
+	return nil
 }
 
 // serviceByHost returns the service of a hostname for a client in namespace ns.

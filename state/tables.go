@@ -39,8 +39,8 @@ type network struct {
 }
 
 // cidrScope is a group of CIDR VIPs, of which the longest that contains an address
-// wins. A service stands in two: in that of its namespace, and in the public or the
-// private ones of all namespaces.
+// wins. A service stands in that of its namespace, in that of all, and in that of
+// the public ones if it is public.
 type cidrScope struct {
 	network, namespace string // namespace is "" unless kind is ownCIDRs
 	kind               cidrKind
@@ -51,7 +51,7 @@ type cidrKind uint8
 const (
 	ownCIDRs cidrKind = iota // of one namespace
 	publicCIDRs
-	privateCIDRs
+	allCIDRs
 )
 
 type cidrKey struct {
