@@ -153,6 +153,7 @@ func newPolicy(in *Policy) (*policy, error) {
 
 // newTombstone stands for a rejected policy of which no good version is known
 // (decision D7): an ALLOW that matches nothing, or a DENY that matches everything.
+// Where it is not known to whom the policy applies, it does to those who name it.
 func newTombstone(in *Policy) (*policy, error) {
 	if in == nil {
 		return nil, errors.New("no policy")
@@ -160,9 +161,14 @@ func newTombstone(in *Policy) (*policy, error) {
 	t := *in
 	t.Name = or(t.Name, t.Key()) // what lacks a name is no less in force
 	t.Rules = nil
-	if t.Action != Allow && !t.DryRun {
+	if t.Scope > PolicySelector || t.Scope == PolicyNamespace && t.Namespace == "" {
+		t.Scope = PolicySelector
+	}
+	if t.Action != Allow {
 		t.Action = Deny
-		t.Rules = []Rule{{}}
+		if !t.DryRun {
+			t.Rules = []Rule{{}}
+		}
 	}
 	p, err := newPolicy(&t)
 	if err != nil {

@@ -152,6 +152,37 @@ func TestD7_TombstoneWithoutName(t *testing.T) {
 	}
 }
 
+// D7: a rejected policy whose scope or action means nothing is in force for those
+// who name it, by the name that they use; a dry run is none the less for that.
+func TestD7_TombstoneWithoutScope(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		p      Policy
+		denied bool
+	}{
+		{"namespace without a name", Policy{Name: "p", Scope: PolicyNamespace, Action: Deny}, true},
+		{"unknown scope", Policy{Name: "p", Namespace: "ns", Scope: 9, Action: Deny}, true},
+		{"unknown scope and action", Policy{Name: "p", Namespace: "ns", Scope: 9, Action: 9}, true},
+		{"unknown action", Policy{Name: "p", Namespace: "ns", Scope: PolicySelector, Action: 9}, true},
+		{"unknown scope of a dry run", Policy{Name: "p", Namespace: "ns", Scope: 9, Action: Deny, DryRun: true}, false},
+		{"unknown action of a dry run", Policy{Name: "p", Namespace: "ns", Scope: PolicySelector, Action: 9, DryRun: true}, false},
+	} {
+		s := New(Config{})
+		tt.p.ResourceName = "key"
+		tt.p.Rules = []Rule{{}}
+		if err := s.Apply(Update{Policies: []*Policy{&tt.p}}); err == nil {
+			t.Errorf("%s: applied", tt.name)
+		}
+		v := s.Authorize(Conn{Destination: destination("ns", "key")})
+		if (v.Denied != nil) != tt.denied || v.Missing != nil {
+			t.Errorf("%s: %+v", tt.name, v)
+		}
+		if v := s.Authorize(Conn{Destination: destination("ns")}); v.Denied != nil {
+			t.Errorf("%s, not named: %v", tt.name, v.Denied)
+		}
+	}
+}
+
 // Within one update: the last of a key counts, a rejected one does not take the
 // place of a good one, and a removal comes last.
 func TestPoliciesOfOneUpdate(t *testing.T) {

@@ -216,11 +216,7 @@ func (s *Store) prepare(u *Update, pool *interner) *prepared {
 		p.policies = append(p.policies, pol)
 	}
 	for _, in := range tombstones {
-		pol, err := newTombstone(in)
-		if err != nil && in != nil {
-			pol, err = newTombstone(&Policy{Name: in.Name, Namespace: in.Namespace, Scope: PolicySelector})
-		}
-		if err == nil {
+		if pol, err := newTombstone(in); err == nil {
 			p.policies = append(p.policies, pol)
 		}
 	}
