@@ -137,13 +137,13 @@ func (d *inboundDecision) servedByUs(w *workload, svc *service) (bool, error) {
 }
 
 // isWaypoint tells whether g refers to the local workload: to a service that has
-// it as an endpoint, or to a workload that has the address of the tunnel.
+// it as an endpoint, or to a workload that has the address of the tunnel in our network.
 func (d *inboundDecision) isWaypoint(g *GatewayAddress) bool {
 	if g == nil {
 		return false
 	}
 	svc, w := d.t.referred(g)
-	ours := svc != nil && svc.endpoint(d.q.Local.UID) != nil || w != nil && w.owns(d.q.ConnDst.Addr())
+	ours := svc != nil && svc.endpoint(d.q.Local.UID) != nil || w != nil && w.Network == d.s.cfg.Network && w.owns(d.q.ConnDst.Addr())
 	d.e.attached(g, ours)
 	return ours
 }

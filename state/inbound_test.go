@@ -224,3 +224,23 @@ func TestGuessService(t *testing.T) {
 		t.Errorf("GuessService: %+v", got)
 	}
 }
+
+// Addresses mean something in their network only: who has the address of the
+// tunnel in another one is not the local workload.
+func TestInboundWaypointOfAnotherNetwork(t *testing.T) {
+	for _, via := range []*GatewayAddress{inRemote(gw(inWaypoint, 15008)), byHost("far.host", 15008)} {
+		s := New(Config{})
+		apply(t, s, Update{
+			Workloads: []WorkloadUpdate{
+				member(Workload{UID: "server", IPs: ips(inServer), Waypoint: via}, nil),
+				member(Workload{UID: "local", IPs: ips(inWaypoint)}, nil),
+				member(Workload{UID: "far", Network: "remote", Hostname: "far.host", IPs: ips(inWaypoint)}, nil),
+			},
+		})
+		local, _ := s.WorkloadByUID("local")
+		r, err := s.Inbound(InboundQuery{Local: local, ConnDst: addrPort(inWaypoint + ":15008"), Addr: addrPort(inServer + ":80")})
+		if !errors.Is(err, ErrIPMismatch) {
+			t.Errorf("waypoint %s: got %+v, %v", via, r, err)
+		}
+	}
+}

@@ -197,7 +197,7 @@ func (d *decision) fromWaypoint(g *GatewayAddress) bool {
 }
 
 func (d *decision) isCaller(w *workload) bool {
-	return w.Identity == d.q.Source.Identity && w.owns(d.q.SourceIP)
+	return w.Identity == d.q.Source.Identity && w.Network == d.q.Source.Network && w.owns(d.q.SourceIP)
 }
 
 // referred returns what a reference means, whoever asks: by address a workload

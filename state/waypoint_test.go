@@ -262,6 +262,17 @@ func TestCallerIsWaypoint(t *testing.T) {
 	}})
 }
 
+// A waypoint of another network with the identity and the address of the caller is
+// not the caller.
+func TestCallerIsNoWaypointOfAnotherNetwork(t *testing.T) {
+	far := but(obWaypoint, func(w *Workload) { w.Network, w.Hostname = "remote", "way.host" })
+	self := &Workload{Namespace: "ns", Identity: spiffe(t, "spiffe://cluster.local/ns/ns/sa/waypoint")}
+	runCases(t, []routeCase{{
+		name: "by hostname", from: self, fromIP: "127.0.0.10", dst: "127.0.0.2:80", wantErr: ErrNoValidDestination,
+		workloads: []WorkloadUpdate{member(far, nil), member(but(obLocal, waypointed(byHost("way.host", 15008))), nil)},
+	}})
+}
+
 // Decision D2: aliases are believed at waypoints, gateways and behind them.
 func TestWaypointIdentities(t *testing.T) {
 	s := New(Config{TrustDomainAliases: []string{"old"}})
