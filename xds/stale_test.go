@@ -311,6 +311,36 @@ func TestResourceExhausted(t *testing.T) {
 	})
 }
 
+// TestResourceExhaustedLater: on a stream whose first requests were answered, it
+// does not speak of the names that were told.
+func TestResourceExhaustedLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, xdstest.Config{}, nil)
+		w.fill(4)
+		w.settle()
+		for range 2 { // the first stream has told nothing
+			w.server.Disconnect(status.Error(codes.ResourceExhausted, "too many pushes"))
+			sleep(time.Minute)
+		}
+		if n := len(w.initial(xdstest.AddressType).GetInitialResourceVersions()); n != 4 {
+			t.Errorf("told %d names, want 4", n)
+		}
+	})
+}
+
+// TestStaleHalf: half is not more than half.
+func TestStaleHalf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, xdstest.Config{Personality: xdstest.Cilium}, nil)
+		w.fill(4)
+		w.settle()
+		w.away(func() { w.server.Remove(xdstest.AddressType, "uid0", "uid1") })
+		if got := w.status(xdstest.AddressType); got.Stale != 2 || strings.Contains(w.log.String(), "more than half") {
+			t.Errorf("status %+v, log:\n%s", got, w.log)
+		}
+	})
+}
+
 // TestFault_116_ManyReconnects: the cache stays, versions are told each time, and
 // what was removed meanwhile goes.
 func TestFault_116_ManyReconnects(t *testing.T) {
