@@ -42,8 +42,11 @@ func (p *Proxy) route(ctx context.Context, q state.Query) (state.Route, error) {
 // routeOnDemand goes on after a first answer of the store that was an error. It
 // is apart from route so that what its closure holds costs the others nothing.
 func (p *Proxy) routeOnDemand(ctx context.Context, q state.Query, err error) (state.Route, error) {
+	// Each round draws the same: another endpoint could need what nobody has
+	// demanded yet, round after round.
+	seed := rand.Uint64()
 	return lookUp(ctx, p, err, func(asked []string) (state.Route, error) {
-		q.Asked = asked
+		q.Asked, q.Draw = asked, rand.New(rand.NewPCG(seed, 0)).Uint64N
 		return p.cfg.Store.Route(q)
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -227,4 +228,57 @@ func TestResolve(t *testing.T) {
 			"source_principal": clientID, "source_app": "client", "source_version": "v1", "source_cluster": "c", "hostname": "vm.example",
 		})
 	})
+}
+
+// All rounds of one connection choose the same endpoint, or each could need
+// another gateway that is not known yet.
+func TestLookUpDrawsOnce(t *testing.T) {
+	const endpoints = 50
+	vip := state.NetworkAddress{Addr: netip.MustParseAddr("10.96.0.1")}
+	svc := &state.Service{
+		Name: "svc", Namespace: "ns", Hostname: "svc.example", VIPs: []state.NetworkAddress{vip},
+		Ports: []state.Port{{Service: 80, Target: 8080}}, SubjectAltNames: []string{"spiffe://cluster.local/ns/ns/sa/svc"},
+	}
+	update := state.Update{Services: []*state.Service{svc}}
+	for i := range endpoints {
+		update.Workloads = append(update.Workloads, state.WorkloadUpdate{
+			Workload: &state.Workload{
+				UID: fmt.Sprintf("w%d", i), Name: "w", Namespace: "ns", Network: "remote", Protocol: state.HBONE, Capacity: 1,
+				NetworkGateway: &state.GatewayAddress{
+					Hostname: state.NamespacedHostname{Namespace: "ns", Hostname: fmt.Sprintf("gw%d", i)}, Port: 15008,
+				},
+			},
+			Endpoints: map[state.NamespacedHostname][]state.Port{svc.Key(): nil},
+		})
+	}
+	store := state.New(state.Config{OnDemand: true})
+	if err := store.Apply(update); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		demanded := map[string]bool{}
+		var mu sync.Mutex
+		p := asking(func(_ context.Context, key string) error {
+			mu.Lock()
+			defer mu.Unlock()
+			demanded[key] = true
+			return nil
+		})
+		p.cfg.Store = store
+		source := &state.Workload{UID: "source", Namespace: "ns"}
+		_, err := p.route(t.Context(), state.Query{Source: source, Dst: netip.AddrPortFrom(vip.Addr, 80)})
+		if !errors.Is(err, state.ErrUnknownGateway) {
+			t.Fatalf("got %v, want a gateway that does not exist", err)
+		}
+		gateways := 0
+		for key := range demanded {
+			if strings.HasPrefix(key, "ns/gw") {
+				gateways++
+			}
+		}
+		// The first answer of the store draws for itself.
+		if gateways == 0 || gateways > 2 {
+			t.Errorf("%d gateways demanded for one connection, want 1 or 2", gateways)
+		}
+	}
 }
