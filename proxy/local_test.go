@@ -102,6 +102,24 @@ func TestStandIn(t *testing.T) {
 	})
 }
 
+// Case 88 for a pod that the store does not know: it does not reach our ports by
+// its own address either.
+func TestFault_088_StandInDoesNotCallItself(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		client, _ := m.late("client", "10.0.1.2")
+		for _, port := range []uint16{15001, 15006, 15008} {
+			if err := client.request(client.at(port), "x"); err == nil {
+				t.Errorf("port %d: a request succeeded", port)
+			}
+		}
+		synctest.Wait()
+		if n := len(client.logs.find(map[string]string{"scope": "access"})); n != 3 {
+			t.Errorf("%d lines, want one for each:\n%s", n, client.logs.text("access"))
+		}
+		client.wantMetric(3, "istio_tcp_connections_rejected", map[string]string{"reporter": "source", "reason": "self_call"})
+	})
+}
+
 // D22: the real workload turns out to be another identity. Open connections end
 // in order, new ones have a tunnel of the new identity.
 func TestStandInIsReplaced(t *testing.T) {

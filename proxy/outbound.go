@@ -107,7 +107,8 @@ func (p *Proxy) routeOutbound(ctx context.Context, conn netns.Conn, dst netip.Ad
 	if err != nil {
 		return nil, state.Route{}, rejectUnknownWorkload, err
 	}
-	if p.illegalPort(dst.Port()) && slices.Contains(local.IPs, dst.Addr()) {
+	// The stand-in of a workload has no addresses, but its connections come from one.
+	if p.illegalPort(dst.Port()) && (dst.Addr() == conn.Remote().Addr() || slices.Contains(local.IPs, dst.Addr())) {
 		return nil, state.Route{}, rejectSelfCall, errSelfCall
 	}
 	route, err := p.route(ctx, state.Query{Source: local, SourceIP: conn.Remote().Addr(), Dst: dst})
