@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ztunnel-go/ztunnel/state"
@@ -21,7 +22,26 @@ const (
 	lookUpRounds = 4
 	lookUpBudget = 5 * time.Second
 	maxDemands   = 64
+	maxSources   = 16
 )
+
+// lookUps are the places for look-ups on demand. Each kind of connection has its
+// own: what the pod's peers make us ask must not take them from the pod, and what
+// only telemetry wants to know not from anyone.
+type lookUps struct {
+	outbound chan struct{} // for what the pod connects to
+	inbound  chan struct{} // for what its peers ask for
+	sources  chan struct{} // for who its peers are
+
+	// sourceLate is when the look-up of a source last took too long.
+	sourceLate atomic.Pointer[time.Time]
+}
+
+func newLookUps() *lookUps {
+	return &lookUps{
+		outbound: make(chan struct{}, maxDemands), inbound: make(chan struct{}, maxDemands), sources: make(chan struct{}, maxSources),
+	}
+}
 
 // errLookUpTime ends a look-up that took too long.
 var errLookUpTime = fmt.Errorf("no answer within %v: %w", lookUpBudget, context.DeadlineExceeded)
@@ -45,7 +65,7 @@ func (p *Proxy) routeOnDemand(ctx context.Context, q state.Query, err error) (st
 	// Each round draws the same: another endpoint could need what nobody has
 	// demanded yet, round after round.
 	seed := rand.Uint64()
-	return lookUp(ctx, p, err, func(asked []string) (state.Route, error) {
+	return lookUp(ctx, p, p.lookUps.outbound, err, func(asked []string) (state.Route, error) {
 		q.Asked, q.Draw = asked, rand.New(rand.NewPCG(seed, 0)).Uint64N
 		return p.cfg.Store.Route(q)
 	})
@@ -57,7 +77,7 @@ func (p *Proxy) inboundRoute(ctx context.Context, q state.InboundQuery) (state.I
 	if err == nil {
 		return r, nil
 	}
-	return lookUp(ctx, p, err, func(asked []string) (state.InboundRoute, error) {
+	return lookUp(ctx, p, p.lookUps.inbound, err, func(asked []string) (state.InboundRoute, error) {
 		q.Asked = asked
 		return p.cfg.Store.Inbound(q)
 	})
@@ -66,7 +86,7 @@ func (p *Proxy) inboundRoute(ctx context.Context, q state.InboundQuery) (state.I
 // lookUp demands what a *state.Miss names and asks again, until the answer is
 // something else. What cannot be looked up is an error: nothing is passed
 // through, or around a waypoint, because the control plane did not answer.
-func lookUp[R any](ctx context.Context, p *Proxy, err error, ask func(asked []string) (R, error)) (r R, _ error) {
+func lookUp[R any](ctx context.Context, p *Proxy, places chan struct{}, err error, ask func(asked []string) (R, error)) (r R, _ error) {
 	var (
 		miss  *state.Miss
 		asked []string
@@ -82,7 +102,7 @@ func lookUp[R any](ctx context.Context, p *Proxy, err error, ask func(asked []st
 			ctx, cancel = context.WithTimeoutCause(ctx, lookUpBudget, errLookUpTime)
 			defer cancel()
 		}
-		if err := p.demand(ctx, miss.Keys); err != nil {
+		if err := p.demand(ctx, places, miss.Keys); err != nil {
 			return r, err
 		}
 		asked = append(asked, miss.Keys...)
@@ -93,18 +113,18 @@ func lookUp[R any](ctx context.Context, p *Proxy, err error, ask func(asked []st
 
 // demand asks the control plane for all keys, and returns when each was answered
 // or one was not.
-func (p *Proxy) demand(ctx context.Context, keys []string) error {
+func (p *Proxy) demand(ctx context.Context, places chan struct{}, keys []string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	for _, key := range keys {
 		select {
-		case p.demands <- struct{}{}:
+		case places <- struct{}{}:
 		case <-ctx.Done():
 			continue
 		}
 		wg.Go(func() {
-			defer func() { <-p.demands }()
+			defer func() { <-places }()
 			if err := p.cfg.Demand(ctx, key); err != nil {
 				cancel(&lookUpError{key, err}) // the first failure, or nothing if ctx has ended before
 			}
@@ -129,24 +149,36 @@ func (e *lookUpError) Error() string { return "look up " + e.key + " on demand: 
 func (e *lookUpError) Unwrap() error { return e.err }
 
 // sourceWait bounds the look-up of a client's workload: it is for telemetry only,
-// and the client waits.
-const sourceWait = time.Second
+// and the client waits. sourcePause is how long it is not tried after it took too
+// long, so that not every client waits for a control plane that is gone.
+const (
+	sourceWait  = time.Second
+	sourcePause = 10 * time.Second
+)
 
 // demandSource looks for the workload at a client's address, as well as it can:
-// no failure is told, and when too many others are looked up it is not tried.
+// no failure is told, and when too many others are looked up, or the control plane
+// has just been silent, it is not tried.
 func (p *Proxy) demandSource(ctx context.Context, ip netip.Addr) (*state.Workload, bool) {
 	if p.cfg.Demand == nil {
 		return nil, false
 	}
+	if late := p.lookUps.sourceLate.Load(); late != nil && time.Since(*late) < sourcePause {
+		return nil, false
+	}
 	select {
-	case p.demands <- struct{}{}:
+	case p.lookUps.sources <- struct{}{}:
 	default:
 		return nil, false
 	}
-	defer func() { <-p.demands }()
-	ctx, cancel := context.WithTimeout(ctx, sourceWait)
+	defer func() { <-p.lookUps.sources }()
+	bounded, cancel := context.WithTimeout(ctx, sourceWait)
 	defer cancel()
-	if err := p.cfg.Demand(ctx, p.cfg.NetworkID+"/"+ip.Unmap().String()); err != nil {
+	if err := p.cfg.Demand(bounded, p.cfg.NetworkID+"/"+ip.Unmap().String()); err != nil {
+		if bounded.Err() != nil && ctx.Err() == nil { // a quick error costs the others nothing, and that the client has gone says nothing
+			now := time.Now()
+			p.lookUps.sourceLate.Store(&now)
+		}
 		return nil, false
 	}
 	return p.cfg.Store.Workload(p.cfg.NetworkID, ip)

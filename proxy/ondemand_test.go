@@ -21,7 +21,7 @@ import (
 
 // asking is a proxy that can only look up.
 func asking(demand func(context.Context, string) error) *Proxy {
-	return &Proxy{cfg: Config{Demand: demand}, demands: make(chan struct{}, maxDemands)}
+	return &Proxy{cfg: Config{Demand: demand}, lookUps: newLookUps()}
 }
 
 func missing(keys ...string) error { return fmt.Errorf("route: %w", &state.Miss{Keys: keys}) }
@@ -47,7 +47,7 @@ func TestLookUpRounds(t *testing.T) {
 				first = missing("k0")
 			}
 			rounds := 0
-			got, err := lookUp(t.Context(), p, first, func(asked []string) (string, error) {
+			got, err := lookUp(t.Context(), p, p.lookUps.outbound, first, func(asked []string) (string, error) {
 				rounds++
 				if !slices.Equal(asked, demanded) {
 					t.Errorf("asked %v, demanded %v", asked, demanded)
@@ -91,7 +91,8 @@ func TestLookUpFails(t *testing.T) {
 			{"no answer", forever, "look up a, b on demand: no answer within 5s: context deadline exceeded", 5 * time.Second},
 		} {
 			start := time.Now()
-			_, err := lookUp(t.Context(), asking(tt.demand), missing("a", "b"), func([]string) (int, error) {
+			p := asking(tt.demand)
+			_, err := lookUp(t.Context(), p, p.lookUps.outbound, missing("a", "b"), func([]string) (int, error) {
 				t.Errorf("%s: asked again", tt.name)
 				return 0, nil
 			})
@@ -125,16 +126,74 @@ func TestFault_092_DemandsAreBounded(t *testing.T) {
 			return nil
 		})
 		start := time.Now()
-		if err := p.demand(t.Context(), []string{"a", "b", "c"}); err != nil || time.Since(start) != time.Second {
+		if err := p.demand(t.Context(), p.lookUps.outbound, []string{"a", "b", "c"}); err != nil || time.Since(start) != time.Second {
 			t.Errorf("three keys: %v after %v, want 1s", err, time.Since(start))
 		}
 		var all sync.WaitGroup
 		for range 4 * maxDemands {
-			all.Go(func() { _ = p.demand(t.Context(), []string{"a", "b"}) })
+			all.Go(func() { _ = p.demand(t.Context(), p.lookUps.outbound, []string{"a", "b"}) })
 		}
 		all.Wait()
 		if most != maxDemands {
 			t.Errorf("%d at a time, want %d", most, maxDemands)
+		}
+	})
+}
+
+// Case 92: what peers make us look up does not keep the pod from looking up what
+// it needs, and the look-ups for telemetry neither of the two.
+func TestFault_092_PeersDoNotStarveThePod(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := asking(func(ctx context.Context, key string) error {
+			if key == "there" {
+				return nil
+			}
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		var all sync.WaitGroup
+		defer all.Wait()
+		for i := range 2 * maxDemands {
+			all.Go(func() { p.demandSource(t.Context(), netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})) })
+		}
+		synctest.Wait()
+		start := time.Now()
+		if err := p.demand(t.Context(), p.lookUps.inbound, []string{"there"}); err != nil || time.Since(start) != 0 {
+			t.Errorf("a request beside look-ups of sources: %v after %v", err, time.Since(start))
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		for range 2 * maxDemands {
+			all.Go(func() { _ = p.demand(ctx, p.lookUps.inbound, []string{"nowhere"}) })
+		}
+		synctest.Wait()
+		if err := p.demand(t.Context(), p.lookUps.outbound, []string{"there"}); err != nil || time.Since(start) != 0 {
+			t.Errorf("the pod's own beside those of its peers: %v after %v", err, time.Since(start))
+		}
+	})
+}
+
+// A control plane that does not answer costs one client a second, not all of them.
+func TestSourceLookUpsPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		asked := 0
+		p := asking(func(ctx context.Context, key string) error { asked++; <-ctx.Done(); return ctx.Err() })
+		ip := netip.MustParseAddr("192.0.2.1")
+		gone, leave := context.WithCancel(t.Context())
+		leave()
+		p.demandSource(gone, ip) // of a client that has left: no reason to pause
+		for _, want := range []time.Duration{sourceWait, 0, 0, sourcePause} {
+			if want == sourcePause {
+				time.Sleep(sourcePause)
+				want = sourceWait
+			}
+			start := time.Now()
+			if _, ok := p.demandSource(t.Context(), ip); ok || time.Since(start) != want {
+				t.Errorf("found %v after %v, want nothing after %v", ok, time.Since(start), want)
+			}
+		}
+		if asked != 3 {
+			t.Errorf("asked %d times, want 3", asked)
 		}
 	})
 }

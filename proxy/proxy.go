@@ -91,7 +91,7 @@ type Proxy struct {
 	inner      *hbone.Pool[innerKey] // sessions of double HBONE, each over a stream of pool
 	tunnels    tunnels
 	handshakes *handshakes
-	demands    chan struct{} // places for look-ups on demand
+	lookUps    *lookUps
 	standIn    standIn
 
 	identity leaseHolder
@@ -141,7 +141,7 @@ func New(cfg Config) (*Proxy, error) {
 		server:     hbone.NewServer(cfg.HBONE),
 		tracker:    newConntrack(),
 		handshakes: newHandshakes(cfg.MaxHandshakes),
-		demands:    make(chan struct{}, maxDemands),
+		lookUps:    newLookUps(),
 	}
 	p.standIn.workload = local
 	p.identity.cfg, p.identity.standIn = &p.cfg, local
