@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -225,6 +226,52 @@ func TestProxyHeaderRefused(t *testing.T) {
 			t.Errorf("reason %q, %s", text, flag)
 		}
 		a.Close()
+	})
+}
+
+// deafApps is a network whose applications accept and take nothing.
+type deafApps struct{ netns.Network }
+
+func (d deafApps) Dial(ctx context.Context, src netip.Addr, dst netip.AddrPort) (netns.Conn, error) {
+	c, err := d.Network.Dial(ctx, src, dst)
+	if err != nil {
+		return nil, err
+	}
+	return deafApp{c}, nil
+}
+
+type deafApp struct{ netns.Conn }
+
+func (deafApp) Write([]byte) (int, error) { return 0, syscall.EPIPE }
+
+// The client learns by a reset that its connection did not come about, although
+// it has the 200, and the connection is told and counted once.
+func TestProxyHeaderRefusedResetsStream(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		server := m.add("server", "10.0.2.2", withConfig(func(c *Config) { c.Network = deafApps{c.Network} }),
+			withWorkload(func(w *state.Workload) { w.ApplicationTunnel = &state.ApplicationTunnel{Proxy: true, Port: tunnelPort} }))
+		var app netns.Conn
+		m.serve(server.host, server.at(tunnelPort), func(c netns.Conn) { app = c })
+		pool := m.handmade(server, m.svid(clientID))
+		defer pool.Close()
+		stream, err := pool.Open(m.ctx, "", "10.0.2.2:8080")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var reset *hbone.StreamError
+		if _, err := stream.Read(make([]byte, 1)); !errors.As(err, &reset) || reset.Code != hbone.ErrConnect || !reset.Remote {
+			t.Errorf("the client read %v, want RST_STREAM(CONNECT_ERROR)", err)
+		}
+		synctest.Wait()
+		if _, err := app.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the application read %v, want a reset", err)
+		}
+		server.wantLog(map[string]string{"message": "connection complete", "level": "error", "error": "io error: broken pipe", "bytes_sent": "0"})
+		server.wantMetric(1, "istio_tcp_connections_opened", nil)
+		server.wantMetric(1, "istio_tcp_connections_closed", map[string]string{"response_flags": "CONNECT"})
+		if in := server.proxy.Connections().Inbound; len(in) != 0 {
+			t.Errorf("tracked %v", in)
+		}
 	})
 }
 
