@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"errors"
 	"io"
 	"log/slog"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
 )
 
@@ -79,6 +81,65 @@ func BenchmarkConnection(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkDoubleHBONE is a connection through a gateway against one to a proxy of
+// our own network, turn by turn: new ones with one byte to and fro, over tunnels
+// that are there (the outer and the inner ones, which are renewed as they age),
+// and a mebibyte to and fro over one that stays. The networks are in memory: what
+// counts is the ratio, of processor time and without any distance.
+func BenchmarkDoubleHBONE(b *testing.B) {
+	m, end := newMesh(b)
+	defer end()
+	w := m.makeNetworks()
+	near := m.certify("near", "10.0.4.2", w.root, false, inNetwork("near"))
+	for _, n := range m.nodes {
+		if n.proxy != nil {
+			n.proxy.access = slog.New(slog.DiscardHandler)
+		}
+	}
+	single, double := near.echoAddr(), remoteVIP
+	b.Run("connect", func(b *testing.B) {
+		turns(b, func(dst netip.AddrPort) error { return w.client.request(dst, "x") }, single, double)
+	})
+	b.Run("bulk", func(b *testing.B) {
+		conns := map[netip.AddrPort]netns.Conn{}
+		for _, dst := range []netip.AddrPort{single, double} {
+			conns[dst] = w.client.mustDial(dst)
+			defer conns[dst].Close()
+		}
+		chunk, echo := make([]byte, 1<<20), make([]byte, 1<<20)
+		b.SetBytes(int64(2 * len(chunk)))
+		turns(b, func(dst netip.AddrPort) error {
+			c := conns[dst]
+			written := make(chan error, 1)
+			go func() {
+				_, err := c.Write(chunk)
+				written <- err
+			}()
+			_, err := io.ReadFull(c, echo)
+			return errors.Join(err, <-written)
+		}, single, double)
+	})
+}
+
+// turns runs both destinations alternately, and reports how many times as long
+// the second one takes.
+func turns(b *testing.B, run func(netip.AddrPort) error, first, second netip.AddrPort) {
+	b.Helper()
+	var took [2]time.Duration
+	for b.Loop() {
+		for i, dst := range []netip.AddrPort{first, second} {
+			start := time.Now()
+			if err := run(dst); err != nil {
+				b.Fatal(err)
+			}
+			took[i] += time.Since(start)
+		}
+	}
+	b.ReportMetric(float64(took[0].Nanoseconds())/float64(b.N), "single-ns")
+	b.ReportMetric(float64(took[1].Nanoseconds())/float64(b.N), "double-ns")
+	b.ReportMetric(float64(took[1])/float64(took[0]), "double/single")
 }
 
 // BenchmarkCopy is plain TCP through us, one direction, over loopback.

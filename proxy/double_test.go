@@ -39,6 +39,14 @@ type twoNetworks struct {
 
 func (m *mesh) twoNetworks(options ...nodeOption) *twoNetworks {
 	m.t.Helper()
+	w := m.makeNetworks(options...)
+	synctest.Wait()
+	return w
+}
+
+// makeNetworks is twoNetworks for those who need no bubble.
+func (m *mesh) makeNetworks(options ...nodeOption) *twoNetworks {
+	m.t.Helper()
 	w := &twoNetworks{mesh: m, root: catest.NewCA(m.t, meshTD)}
 	w.service = &state.Service{
 		Name: "echo", Namespace: "default", Hostname: remoteHost, Ports: []state.Port{{Service: 80, Target: echoPort}},
@@ -55,7 +63,6 @@ func (m *mesh) twoNetworks(options ...nodeOption) *twoNetworks {
 	w.pod = m.add("gateway", "10.0.8.1", uncaptured, inNetwork("far"), withWorkload(func(w *state.Workload) {
 		w.Namespace, w.ServiceAccount, w.Protocol = "istio-system", "gateway", state.HBONE
 	}))
-	synctest.Wait()
 	return w
 }
 
