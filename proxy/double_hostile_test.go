@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -193,15 +194,7 @@ func TestInnerWindows(t *testing.T) {
 		w.service.Ports[1].Service, w.service.Ports[1].Target = firehose, firehose
 		w.server.services[w.service.Key()] = w.service.Ports
 		m.push()
-		m.serve(w.server.host, w.server.at(firehose), func(c netns.Conn) {
-			chunk := make([]byte, 64<<10)
-			for {
-				if _, err := c.Write(chunk); err != nil {
-					c.Close()
-					return
-				}
-			}
-		})
+		m.serve(w.server.host, w.server.at(firehose), pour)
 		stalled := make([]netns.Conn, 4)
 		for i := range stalled {
 			stalled[i] = w.client.mustDial(netip.AddrPortFrom(remoteVIP.Addr(), firehose))
@@ -326,4 +319,98 @@ func TestRunEndsInnerTunnels(t *testing.T) {
 		held.Close()
 		w.client.wantMetric(1, "istio_tcp_connections_closed", map[string]string{"response_flags": "-"})
 	})
+}
+
+// The bounds of stickiness hold whatever is configured for tunnels.
+func TestInnerPoolBounds(t *testing.T) {
+	for _, tt := range []struct {
+		name      string
+		cfg       Config
+		streams   int
+		idle, age time.Duration
+	}{
+		{"defaults", Config{}, innerMaxStreams, innerIdle, innerMaxAge},
+		{"larger", Config{PoolMaxStreams: 1000, PoolIdle: time.Hour, PoolMaxAge: time.Hour}, innerMaxStreams, innerIdle, innerMaxAge},
+		{"smaller", Config{PoolMaxStreams: 2, PoolIdle: time.Second, PoolMaxAge: 2 * time.Second}, 2, time.Second, 2 * time.Second},
+		{"not kept", Config{PoolIdle: -1}, innerMaxStreams, -1, innerMaxAge},
+	} {
+		if c := innerPool(&tt.cfg, nil); c.MaxStreams != tt.streams || c.IdleTimeout != tt.idle || c.MaxAge != tt.age {
+			t.Errorf("%s: %d streams, idle %v, age %v", tt.name, c.MaxStreams, c.IdleTimeout, c.MaxAge)
+		}
+	}
+}
+
+// D10 and two windows: while slow applications hold the budget, nobody gets more
+// than a window, but what an inner tunnel itself has to say goes on.
+func TestInnerTunnelOutlivesTightBudget(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		const firehose, window, readers = 8081, 256 << 10, 4
+		budget := hbone.NewBudget(8 << 20)
+		w := m.twoNetworks(withConfig(func(c *Config) {
+			c.HBONE = hbone.Config{Budget: budget, InitialWindow: window, PingInterval: 10 * time.Second}
+		}))
+		w.service.Ports = append(w.service.Ports, state.Port{Service: firehose, Target: firehose})
+		w.server.services[w.service.Key()] = w.service.Ports
+		near := m.certify("near", "10.0.4.2", w.root, false, inNetwork("near"))
+		m.push()
+		var first atomic.Bool // the first connection only echoes
+		m.serve(w.server.host, w.server.at(firehose), func(c netns.Conn) {
+			if first.CompareAndSwap(false, true) {
+				_, _ = io.Copy(c, c)
+				c.Close()
+				return
+			}
+			pour(c)
+		})
+		m.serve(near.host, near.at(firehose), pour)
+		dst := netip.AddrPortFrom(remoteVIP.Addr(), firehose)
+		held := w.client.mustDial(dst)
+		if err := roundTrip(held, "held"); err != nil {
+			t.Fatal(err)
+		}
+		var slow []netns.Conn
+		for !budget.Tight() {
+			slow = append(slow, w.client.mustDial(near.at(firehose)))
+			time.Sleep(10 * time.Millisecond)
+		}
+		var reading sync.WaitGroup
+		var conns [readers]netns.Conn
+		for i := range conns {
+			conns[i] = w.client.mustDial(dst)
+			reading.Go(func() {
+				if n, err := io.Copy(io.Discard, conns[i]); n != window {
+					t.Errorf("read %d bytes, %v, want a window of %d", n, err, window)
+				}
+			})
+		}
+		time.Sleep(time.Minute)
+		if !budget.Tight() {
+			t.Error("the budget is not tight")
+		}
+		if err := roundTrip(held, "still"); err != nil {
+			t.Errorf("beside it: %v\n%s", err, w.client.logs.text("access"))
+		}
+		w.wantDialled(2, 1)
+		held.Close()
+		for _, c := range append(slow, conns[:]...) {
+			_ = c.Abort()
+		}
+		reading.Wait()
+		time.Sleep(innerIdle)
+		synctest.Wait()
+		if n := budget.Used(); n != 0 {
+			t.Errorf("%d bytes of the budget are held by nobody", n)
+		}
+	})
+}
+
+// pour is an application that writes as long as it can.
+func pour(c netns.Conn) {
+	chunk := make([]byte, 64<<10)
+	for {
+		if _, err := c.Write(chunk); err != nil {
+			c.Close()
+			return
+		}
+	}
 }

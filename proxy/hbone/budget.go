@@ -6,9 +6,10 @@ import (
 )
 
 // Budget bounds the bytes that all tunnels sharing it hold for applications that
-// are slower than their peers (decision D10). From 75 % on no stream gets credit
-// and servers answer new requests with 503; at 100 % the stream with the longest
-// queue is reset with ENHANCE_YOUR_CALM. A nil *Budget has no bound.
+// are slower than their peers (decision D10). From 75 % on no stream gets credit,
+// but for those that are read by their owner (pull mode), and servers answer new
+// requests with 503; at 100 % the stream with the longest queue is reset with
+// ENHANCE_YOUR_CALM. A nil *Budget has no bound.
 type Budget struct {
 	limit int64
 	used  atomic.Int64

@@ -8,12 +8,16 @@ import (
 	"time"
 )
 
-// Read is pull mode: it returns credit for what it delivers.
+// Read is pull mode: it returns credit for what it delivers, also when the budget
+// is short. Its caller takes nothing that it has no room for, and may carry a
+// tunnel of its own in the stream, whose streams have windows and a share in the
+// budget themselves, while its pings and window updates must go on.
 func (st *stream) Read(p []byte) (int, error) {
 	st.rdMu.Lock()
 	defer st.rdMu.Unlock()
 	for {
 		st.mu.Lock()
+		st.pulled = true
 		switch {
 		case st.piped:
 			st.mu.Unlock()

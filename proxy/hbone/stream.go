@@ -59,6 +59,7 @@ type stream struct {
 	isGone    bool
 	readable  chan struct{}
 	piped     bool
+	pulled    bool // Read was called
 	closed    bool // Close was called
 	pipe      *pipe
 	rdl, wdl  deadline
@@ -127,7 +128,7 @@ func (st *stream) credited(n int) int {
 	if st.eof || st.isGone || st.owed == 0 {
 		return 0
 	}
-	if budget := st.c.cfg.Budget; budget.Tight() {
+	if budget := st.c.cfg.Budget; budget.Tight() && (st.piped || st.discard || !st.pulled) {
 		budget.starve(st)
 		return 0
 	}
