@@ -1,6 +1,8 @@
 package proxy
 
 import (
+	"context"
+	"errors"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -98,6 +100,23 @@ func TestStandIn(t *testing.T) {
 		start := time.Now()
 		if err := client.request(server.echoAddr(), "hello"); err != nil || time.Since(start) != time.Second {
 			t.Errorf("after its removal: %v after %v, want 1s", err, time.Since(start))
+		}
+	})
+}
+
+// Who gives up while waiting gets no stand-in, and does not decide for the others
+// that they need not wait.
+func TestStandInIsNotForThoseWhoLeave(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		client, _ := m.late("client", "10.0.1.2")
+		ctx, leave := context.WithCancelCause(m.ctx)
+		time.AfterFunc(standInWait/2, func() { leave(errClientReset) })
+		if w, err := client.proxy.outboundWorkload(ctx); w != nil || !errors.Is(err, errClientReset) {
+			t.Errorf("got %v, %v", w, err)
+		}
+		start := time.Now()
+		if _, err := client.proxy.outboundWorkload(m.ctx); err != nil || time.Since(start) != standInWait {
+			t.Errorf("the next one: %v after %v, want %v", err, time.Since(start), standInWait)
 		}
 	})
 }

@@ -195,6 +195,14 @@ func TestSourceLookUpsPause(t *testing.T) {
 		if asked != 3 {
 			t.Errorf("asked %d times, want 3", asked)
 		}
+		time.Sleep(sourcePause)
+		p.cfg.Demand = func(context.Context, string) error { asked++; return errors.New("stream lost") }
+		for range 2 * maxSources { // a quick failure is no reason to pause
+			p.demandSource(t.Context(), ip)
+		}
+		if want := 3 + 2*maxSources; asked != want {
+			t.Errorf("asked %d times, want %d", asked, want)
+		}
 	})
 }
 

@@ -3,9 +3,15 @@ package proxy
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
+	"io"
+	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -42,6 +48,32 @@ func TestProxyHeader(t *testing.T) {
 	if want := []byte{0x07, 0xeb}; !bytes.Equal(h[14:16], want) || len(h) != 16+0x07eb {
 		t.Errorf("length %x of %d bytes, want %x", h[14:16], len(h), want)
 	}
+}
+
+// An application that does not read ends its connection in time, and one that does
+// has no limit afterwards.
+func TestProxyHeaderDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, app := net.Pipe()
+		defer app.Close()
+		defer c.Close()
+		start := time.Now()
+		var refused *proxyHeaderError
+		if err := sendProxyHeader(c, []byte("header")); !errors.As(err, &refused) || !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != proxyWait {
+			t.Errorf("got %v after %v, want a refusal after %v", err, time.Since(start), proxyWait)
+		}
+		go func() {
+			_, _ = io.ReadFull(app, make([]byte, 6))
+			time.Sleep(2 * proxyWait)
+			_, _ = app.Read(make([]byte, 1))
+		}()
+		if err := sendProxyHeader(c, []byte("header")); err != nil {
+			t.Error(err)
+		}
+		if _, err := c.Write([]byte("x")); err != nil {
+			t.Errorf("after the header: %v", err)
+		}
+	})
 }
 
 func FuzzProxyHeader(f *testing.F) {
