@@ -31,7 +31,10 @@ type resourceKey struct {
 }
 
 // move is a resource whose xDS name is not its key, or has not always been.
-type move struct{ name, key string }
+type move struct {
+	name string
+	resourceKey
+}
 
 func (b *batch) reject(kind state.ResourceKind, name string, err error) {
 	r := state.Rejected{Kind: kind, Name: name, Err: err}
@@ -44,15 +47,16 @@ func (b *batch) reject(kind state.ResourceKind, name string, err error) {
 
 // apply carries out u and returns the keys of what the store refuses; a NACK names
 // it by its xDS name.
-func (b *batch) apply(u state.Update) (refused map[string]bool) {
+func (b *batch) apply(u state.Update) (refused map[resourceKey]bool) {
 	var rejected *state.RejectedError
 	if !errors.As(b.store.Apply(u), &rejected) {
 		return nil
 	}
-	refused = map[string]bool{}
+	refused = map[resourceKey]bool{}
 	for _, r := range rejected.Resources {
-		refused[r.Name] = true
-		if name, ok := b.names[resourceKey{r.Kind, r.Name}]; ok {
+		k := resourceKey{r.Kind, r.Name}
+		refused[k] = true
+		if name, ok := b.names[k]; ok {
 			r.Name = name
 		}
 		b.refused = append(b.refused, r)
@@ -133,15 +137,15 @@ func (a *addresses) note(b *batch, name string, k resourceKey) {
 	}
 	b.names[k] = name
 	b.moved[name], b.moved[k.key] = true, true
-	b.moves = append(b.moves, move{name, k.key})
+	b.moves = append(b.moves, move{name, k})
 }
 
 // settle notes the moves but those of refused keys, and returns the keys that they
 // leave without a name.
-func (a *addresses) settle(moves []move, refused map[string]bool) []string {
+func (a *addresses) settle(moves []move, refused map[resourceKey]bool) []string {
 	orphans := map[string]bool{}
 	for _, m := range moves {
-		if refused[m.key] {
+		if refused[m.resourceKey] {
 			continue
 		}
 		if former, ok := a.remove(m.name); ok {

@@ -130,6 +130,23 @@ func TestAddressesWithoutNameAndUIDAreSkipped(t *testing.T) {
 	}
 }
 
+// A service that is refused says nothing of a workload with the same key.
+func TestAddressesOfOneKeyAndTwoKinds(t *testing.T) {
+	s := newStore()
+	a := newAddresses(s)
+	rejected := a.apply([]*discoverypb.Resource{
+		resource(t, "other", workloadOf(pod("ns/", "10.0.0.1"))),
+		resource(t, "ns/", serviceOf(&workloadpb.Service{Namespace: "ns"})),
+	}, nil, nil)
+	if got := keys(s); text(rejected) == "" || !slices.Equal(got, []string{"ns/"}) {
+		t.Fatalf("got %v, rejected %v", got, rejected)
+	}
+	a.apply(nil, []string{"other"}, nil)
+	if got := keys(s); len(got) != 0 {
+		t.Errorf("got %v, want nothing", got)
+	}
+}
+
 // namesStep is a response, and what the store holds after it.
 type namesStep struct {
 	add     map[string]string // xDS name → UID

@@ -47,7 +47,7 @@ const (
 // for it. What the server knows under other names it names canonically and keeps
 // us informed of, so what is remembered of an answered name is only that it was
 // answered, for answerTTL; the least recently used of those beyond maxDemands are
-// unsubscribed from and forgotten. All methods are safe for concurrent use.
+// forgotten, and unsubscribed from unless they are canonical names of what is there. All methods are safe for concurrent use.
 type demands struct {
 	metrics *Metrics
 	ready   chan struct{} // has a token when there is something to send
@@ -72,6 +72,7 @@ type demand struct {
 	key        string
 	state      demandState
 	subscribed bool      // on this stream
+	name       string    // canonical, of what has answered it and is still there
 	at         time.Time // of the state
 	waiters    int
 	done       chan struct{} // closed when it is answered
@@ -157,14 +158,7 @@ func (d *demands) enqueue(a *demand, now time.Time) {
 		d.queue = slices.DeleteFunc(d.queue, func(a *demand) bool { return a.state != demandQueued })
 	}
 	d.queue = append(d.queue, a)
-	d.signal()
-}
-
-func (d *demands) signal() {
-	select {
-	case d.ready <- struct{}{}:
-	default:
-	}
+	signal(d.ready)
 }
 
 // evict forgets the demand that nobody has waited for the longest. It is called
@@ -184,9 +178,9 @@ func (d *demands) forget(a *demand) {
 		d.idle.Remove(a.idle)
 	}
 	delete(d.keys, a.key)
-	if a.subscribed {
+	if a.subscribed && a.name != a.key { // by its canonical name we are kept informed of what the store has
 		d.dropped = append(d.dropped, a.key)
-		d.signal()
+		signal(d.ready)
 	}
 	a.state = demandDone // not in the queue any more
 }
@@ -245,20 +239,45 @@ func (d *demands) answer(r *discoverypb.DeltaDiscoveryResponse) {
 		return
 	}
 	for _, res := range r.GetResources() {
-		d.answered(res.GetName())
+		d.answered(res.GetName(), res.GetName())
 		for _, alias := range res.GetAliases() {
-			d.answered(alias)
+			d.answered(alias, res.GetName())
 		}
 	}
-	for _, name := range r.GetRemovedResources() {
-		d.answered(name)
+	d.removed(r.GetRemovedResources())
+}
+
+// removed answers names, and ends the answers that named what is gone by an alias:
+// the server tells nothing of who has the alias next, and whoever asks now may mean
+// that. It is called with the lock held.
+func (d *demands) removed(names []string) {
+	gone := make(map[string]bool, len(names))
+	for _, name := range names {
+		gone[name] = true
+		d.answered(name, "")
+	}
+	if len(gone) == 0 {
+		return
+	}
+	for _, a := range d.keys {
+		if gone[a.name] {
+			a.name = ""
+			if a.state == demandDone {
+				a.at = time.Time{}
+			}
+		}
 	}
 }
 
-// answered is called with the lock held.
-func (d *demands) answered(key string) {
+// answered is called with the lock held. name is canonical, "" where there is
+// nothing.
+func (d *demands) answered(key, name string) {
 	a := d.keys[key]
-	if a == nil || a.state == demandDone {
+	if a == nil {
+		return
+	}
+	a.name = name
+	if a.state == demandDone {
 		return
 	}
 	a.state, a.at = demandDone, time.Now()
@@ -284,6 +303,6 @@ func (d *demands) reset() {
 	}
 	slices.SortFunc(d.queue, func(a, b *demand) int { return cmp.Or(a.at.Compare(b.at), cmp.Compare(a.key, b.key)) })
 	if len(d.queue) > 0 {
-		d.signal()
+		signal(d.ready)
 	}
 }

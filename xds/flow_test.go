@@ -2,6 +2,7 @@ package xds_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -71,40 +72,86 @@ func TestKeepalive(t *testing.T) {
 	})
 }
 
-// TestWriterDoesNotBlockReader: a server that does not read is still listened to,
-// and what it is owed is bounded.
+// deafen makes the server deaf and sends n resources, each in a response of its own.
+func (w *world) deafen(n int) {
+	w.server.SetDeaf(true)
+	for i := range n {
+		w.server.Inject(&discoverypb.DeltaDiscoveryResponse{TypeUrl: xdstest.AddressType, Nonce: fmt.Sprint("n", i), Resources: []*discoverypb.Resource{
+			{Name: fmt.Sprint("uid", i), Resource: xdsAnyOf(workload(fmt.Sprint("uid", i), ""))},
+		}})
+	}
+	sleep(time.Second)
+}
+
+// TestWriterDoesNotBlockReader: a server that does not read for a while is still
+// listened to, until it is owed too much; each response is answered once in the end.
 func TestWriterDoesNotBlockReader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, xdstest.Config{}, nil)
 		w.settle()
-		w.server.SetDeaf(true)
 		const n = 8000
-		for i := range n {
-			w.server.Inject(&discoverypb.DeltaDiscoveryResponse{TypeUrl: xdstest.AddressType, Nonce: fmt.Sprint("n", i), Resources: []*discoverypb.Resource{
-				{Name: fmt.Sprint("uid", i), Resource: xdsAnyOf(workload(fmt.Sprint("uid", i), ""))},
-			}})
+		w.deafen(n)
+		if !w.has("uid1000") {
+			t.Error("responses wait for requests to be sent")
 		}
-		sleep(time.Second)
-		if !w.has("uid0") || !w.has(fmt.Sprint("uid", n-1)) {
-			t.Errorf("first %t, last %t: responses wait for requests to be sent", w.has("uid0"), w.has(fmt.Sprint("uid", n-1)))
-		}
-		if n := len(w.server.Requests()); n > 1000 {
-			t.Errorf("the server has read %d requests", n)
+		if w.has(fmt.Sprint("uid", n-1)) {
+			t.Error("what is owed to the server is not bounded")
 		}
 		w.server.SetDeaf(false)
-		sleep(10 * time.Second)
-		answered := 0
+		w.settle()
+		answered := map[string]int{}
 		for _, r := range w.server.Requests() {
 			if strings.HasPrefix(r.GetResponseNonce(), "n") {
-				answered++
+				answered[r.GetResponseNonce()]++
 			}
 		}
-		if answered < 1000 || answered > n/2 { // some fit into the windows, and the others are bounded
-			t.Errorf("%d answers to %d responses", answered, n)
+		if opened, _ := w.server.Streams(); len(answered) != n || opened != 1 || !w.has(fmt.Sprint("uid", n-1)) {
+			t.Errorf("%d of %d responses were answered, %d streams, the last resource %t", len(answered), n, opened, w.has(fmt.Sprint("uid", n-1)))
 		}
-		if _, ok := w.last(xdstest.AddressType, func(r xdstest.Request) bool { return r.GetResponseNonce() == fmt.Sprint("n", n-1) }); !ok {
-			t.Error("the latest response was not answered")
+		sleep(2 * time.Minute)
+		if opened, _ := w.server.Streams(); opened != 1 {
+			t.Errorf("%d streams after the server has read all", opened)
 		}
+	})
+}
+
+// TestDeafServer: a stream on which nothing is read any more, and nothing can be taken
+// for that, ends after a minute, with an error that says so.
+func TestDeafServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, xdstest.Config{}, nil)
+		w.settle()
+		w.deafen(8000)
+		sleep(58 * time.Second)
+		if n := w.terminations("Error"); n != 0 || !w.client.Status().Connected {
+			t.Errorf("before the time: %v ends, %+v", n, w.client.Status())
+		}
+		sleep(2 * time.Second)
+		if n, text := w.terminations("Error"), w.client.Status().LastError; n != 1 || !strings.Contains(text, "does not read the answers") {
+			t.Errorf("%v ends with an error, the last %q", n, text)
+		}
+		w.server.SetDeaf(false)
+		sleep(time.Minute)
+		w.settle()
+	})
+}
+
+// TestDeafServerGone: that a stream has ended is learned even when nothing was taken
+// from it any more.
+func TestDeafServerGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, xdstest.Config{}, nil)
+		w.settle()
+		w.deafen(8000)
+		w.setDown(errors.New("connection refused"))
+		sleep(time.Second)
+		if w.client.Status().Connected {
+			t.Error("still connected")
+		}
+		w.setDown(nil)
+		w.server.SetDeaf(false)
+		sleep(time.Minute)
+		w.settle()
 	})
 }
 

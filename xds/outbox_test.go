@@ -7,27 +7,44 @@ import (
 	"github.com/ztunnel-go/ztunnel/xds/discoverypb"
 )
 
-// TestOutboxIsBounded: of answers that nobody reads the oldest ACKs are left out,
-// never a NACK or a question, and the order stays.
-func TestOutboxIsBounded(t *testing.T) {
+// TestOutboxIsFull: with so many answers, whatever else waits, until one is taken or
+// nothing can be sent any more. None is lost, and the order stays.
+func TestOutboxIsFull(t *testing.T) {
 	o := newOutbox()
 	o.push(&discoverypb.DeltaDiscoveryRequest{TypeUrl: "question"})
-	o.push(&discoverypb.DeltaDiscoveryRequest{ResponseNonce: "nack", ErrorDetail: &discoverypb.Status{}})
-	for i := range 3 * maxAnswers {
+	for i := range maxAnswers {
+		if o.full() {
+			t.Fatalf("full with %d answers", i)
+		}
 		o.push(&discoverypb.DeltaDiscoveryRequest{ResponseNonce: fmt.Sprint(i)})
 	}
-	if m := o.take(); m.GetTypeUrl() != "question" {
-		t.Errorf("first %v", m)
+	if !o.full() || !o.hasDemand() {
+		t.Errorf("full %t, has a demand %t", o.full(), o.hasDemand())
 	}
-	if m := o.take(); m.GetResponseNonce() != "nack" {
-		t.Errorf("second %v", m)
+	if m := o.take(); m.GetTypeUrl() != "question" || !o.full() || o.hasDemand() {
+		t.Errorf("first %v, full %t, has a demand %t", m, o.full(), o.hasDemand())
 	}
-	for i := 2*maxAnswers + 1; i < 3*maxAnswers; i++ {
-		if m := o.take(); m.GetResponseNonce() != fmt.Sprint(i) {
-			t.Fatalf("got %v, want %d", m, i)
+	for i := range maxAnswers {
+		if m := o.take(); m.GetResponseNonce() != fmt.Sprint(i) || o.full() {
+			t.Fatalf("got %v, want %d; full %t", m, i, o.full())
+		}
+		if i == 0 {
+			<-o.room
 		}
 	}
-	if m := o.take(); m != nil || o.hasDemand() || o.answers != 0 {
-		t.Errorf("left over: %v, %d answers", m, o.answers)
+	if m := o.take(); m != nil {
+		t.Errorf("left over: %v", m)
+	}
+}
+
+func TestOutboxThatFailedIsNotFull(t *testing.T) {
+	o := newOutbox()
+	for i := range maxAnswers {
+		o.push(&discoverypb.DeltaDiscoveryRequest{ResponseNonce: fmt.Sprint(i)})
+	}
+	o.fail()
+	<-o.room
+	if o.full() {
+		t.Error("full")
 	}
 }

@@ -35,6 +35,9 @@ type ended struct {
 // errResync ends a stream that is to be opened anew, to be told everything again.
 var errResync = errors.New("the stream is opened anew for a full set")
 
+// errDeaf ends a stream whose server takes nothing from us.
+var errDeaf = errors.New("the control plane does not read the answers to what it sends")
+
 // lost are texts of a transport that broke while a stream was open: gRPC has one
 // code for this and for a server that refuses.
 var lost = []string{
@@ -50,6 +53,9 @@ func classify(err error, established bool) (reason, error) {
 	}
 	if errors.Is(err, io.EOF) {
 		return complete, nil
+	}
+	if errors.Is(err, errDeaf) {
+		return streamError, err
 	}
 	if !established {
 		return connectionError, err

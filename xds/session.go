@@ -24,6 +24,10 @@ const (
 	resyncSoon = 10 * time.Second
 )
 
+// answerTimeout is how long a server may leave maxAnswers answers unread, while
+// nothing that it sends is taken: it may wait for us, too.
+const answerTimeout = time.Minute
+
 // subscribeBatch bounds a request that subscribes to what we hold.
 const subscribeBatch = 1000
 
@@ -44,6 +48,7 @@ type session struct {
 	mixed    bool      // it told versions to a server that has none
 	askAt    time.Time // when the next names may be asked for
 	more     bool      // there are names to be asked for
+	deafAt   time.Time // when the server counts as deaf; zero: it reads
 }
 
 // event is what the receiving goroutine tells.
@@ -80,16 +85,18 @@ func (s *session) run(ctx context.Context, cancel context.CancelFunc) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
+		events := s.source()
 		if err := s.due(ctx); err != nil {
 			return err
 		}
 		s.arm(timer)
 		select {
-		case e := <-s.events:
+		case e := <-events:
 			if e.err != nil {
 				return e.err
 			}
 			s.handle(ctx, e)
+		case <-s.out.room:
 		case <-s.c.demands.ready:
 			s.more = true
 		case <-timer.C:
@@ -97,6 +104,18 @@ func (s *session) run(ctx context.Context, cancel context.CancelFunc) error {
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// source is where events come from: nowhere while too many answers wait to be read.
+func (s *session) source() <-chan event {
+	if !s.out.full() {
+		s.deafAt = time.Time{}
+		return s.events
+	}
+	if s.deafAt.IsZero() {
+		s.deafAt = time.Now().Add(answerTimeout)
+	}
+	return nil
 }
 
 // begin queues the first requests, one for each type, without waiting for
@@ -137,6 +156,7 @@ func (s *session) send(ctx context.Context) {
 	for {
 		for m := s.out.take(); m != nil; m = s.out.take() {
 			if err := s.stream.Send(m); err != nil {
+				s.out.fail()
 				return // the receiver gets the reason
 			}
 		}
@@ -171,7 +191,7 @@ func (s *session) receive(ctx context.Context) {
 
 // arm sets the timer to the next thing to be done.
 func (s *session) arm(timer *time.Timer) {
-	next := s.resyncAt
+	next := earlier(s.resyncAt, s.deafAt)
 	for _, sub := range s.c.subscriptions {
 		next = earlier(next, sub.staleAt)
 	}
@@ -199,6 +219,9 @@ func earlier(a, b time.Time) time.Time {
 func (s *session) due(ctx context.Context) error {
 	now := time.Now()
 	reached := func(t time.Time) bool { return !t.IsZero() && !now.Before(t) }
+	if reached(s.deafAt) {
+		return errDeaf
+	}
 	for _, sub := range s.c.subscriptions {
 		if reached(sub.staleAt) {
 			s.expire(ctx, sub)

@@ -2,7 +2,9 @@ package xds_test
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -383,4 +385,39 @@ func TestResyncOfUnversioned(t *testing.T) {
 
 func xdsAnyOf(w *workloadpb.Workload) *anypb.Any {
 	return &anypb.Any{TypeUrl: xdstest.AddressType, Value: xdstest.Workload(w).Value}
+}
+
+// TestNameTwiceInOneResponse: where a response brings a name twice, once good and once
+// bad, the store holds the good one. It is told to the next stream without a version,
+// so that it is sent again, and removed like any other.
+func TestNameTwiceInOneResponse(t *testing.T) {
+	for _, goodFirst := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, xdstest.Config{}, nil)
+			w.settle()
+			twice := []*discoverypb.Resource{
+				{Name: "uid1", Version: "v1", Resource: xdsAnyOf(workload("uid1", "1.2.3.4"))},
+				{Name: "uid1", Version: "v1", Resource: &anypb.Any{Value: []byte{0xff}}},
+			}
+			if !goodFirst {
+				slices.Reverse(twice)
+			}
+			w.server.Inject(&discoverypb.DeltaDiscoveryResponse{TypeUrl: xdstest.AddressType, Resources: append(twice,
+				&discoverypb.Resource{Name: "uid2", Version: "v1", Resource: &anypb.Any{Value: []byte{0xff}}},
+			)})
+			w.settle()
+			if s := w.status(xdstest.AddressType); !w.has("uid1") || s.Resources != 1 || s.RejectedCount != 2 {
+				t.Errorf("there %t, status %+v", w.has("uid1"), s)
+			}
+			w.server.Disconnect(nil)
+			sleep(time.Second)
+			w.settle()
+			if got := w.initial(xdstest.AddressType).GetInitialResourceVersions(); !maps.Equal(got, map[string]string{"uid1": ""}) {
+				t.Errorf("echoed %v", got)
+			}
+			if s := w.status(xdstest.AddressType); w.has("uid1") || s.Resources != 0 {
+				t.Errorf("there %t, status %+v", w.has("uid1"), s)
+			}
+		})
+	}
 }

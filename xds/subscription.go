@@ -125,6 +125,7 @@ func (s *subscription) note(r *discoverypb.DeltaDiscoveryResponse, rejected *sta
 		for _, res := range rejected.Resources {
 			bad[res.Name] = cut(res.Err.Error(), maxReason)
 		}
+		s.noteMixed(r, rejected)
 	}
 	for _, res := range r.GetResources() {
 		name := res.GetName()
@@ -141,6 +142,23 @@ func (s *subscription) note(r *discoverypb.DeltaDiscoveryResponse, rejected *sta
 	}
 	s.forget(r.GetRemovedResources())
 	s.processed = time.Now()
+}
+
+// noteMixed records names of which a response brought both something good, which the
+// store has now, and something that was rejected: we hold them in an unknown version.
+func (s *subscription) noteMixed(r *discoverypb.DeltaDiscoveryResponse, rejected *state.RejectedError) {
+	bad := make(map[string]int, len(rejected.Resources))
+	for _, res := range rejected.Resources {
+		bad[res.Name]--
+	}
+	for _, res := range r.GetResources() {
+		name := res.GetName()
+		if n, ok := bad[name]; ok && name != "" {
+			if bad[name] = n + 1; n == 0 {
+				s.known[name] = ""
+			}
+		}
+	}
 }
 
 func (s *subscription) forget(names []string) {
