@@ -123,15 +123,23 @@ func (c *Client) Run(ctx context.Context) error {
 	}
 }
 
+// noticeable is a delay after which the loss of a connection is more than an event of
+// every day.
+const noticeable = time.Second
+
 func logEnd(ctx context.Context, log *slog.Logger, end ended, delay time.Duration) {
-	switch end.reason {
-	case connectionError:
+	switch {
+	case end.local:
+		log.WarnContext(ctx, "XDS client error: correct the file that the error names, nothing was asked of the control plane", "error", end.err, "retry_in", delay)
+	case end.reason == connectionError:
 		log.WarnContext(ctx, "XDS client connection error: check that the control plane runs and can be reached", "error", end.err, "retry_in", delay)
-	case streamError:
+	case end.reason == streamError:
 		log.WarnContext(ctx, "XDS client error: see the log of the control plane", "error", end.err, "retry_in", delay)
-	case reconnect:
+	case end.reason == reconnect && delay >= noticeable:
+		log.WarnContext(ctx, "XDS client loses its connections soon after they are made: check the network and the control plane", "error", end.err, "retry_in", delay)
+	case end.reason == reconnect:
 		log.DebugContext(ctx, "XDS client reconnects", "error", end.err, "retry_in", delay)
-	case complete:
+	case end.reason == complete:
 		log.WarnContext(ctx, "XDS client complete: the control plane ended the stream", "retry_in", delay)
 	}
 }
@@ -140,11 +148,11 @@ func logEnd(ctx context.Context, log *slog.Logger, end ended, delay time.Duratio
 func (c *Client) attempt(ctx context.Context, log *slog.Logger) ended {
 	set, err := c.roots.Look(ctx, 0)
 	if err != nil {
-		return ended{reason: streamError, err: fmt.Errorf("XDS_ROOT_CA: %w", err)}
+		return ended{reason: streamError, local: true, err: fmt.Errorf("XDS_ROOT_CA: %w", err)}
 	}
 	sctx, err := c.creds.Attach(ctx)
 	if err != nil {
-		return ended{reason: connectionError, err: fmt.Errorf("connect to %s: %w", c.cfg.Address, err)}
+		return ended{reason: connectionError, local: true, err: fmt.Errorf("AUTH_TOKEN: %w", err)}
 	}
 	sctx, cancel := context.WithCancel(sctx)
 	defer cancel()

@@ -28,6 +28,7 @@ const (
 // ended is the end of an attempt.
 type ended struct {
 	reason reason
+	local  bool  // it was a file of ours, and nothing was sent
 	err    error // nil when the server ended the stream without one, or when we did
 	lived  time.Duration
 }

@@ -197,6 +197,9 @@ func TestST_XDS13_NoHotLoop(t *testing.T) {
 			if n := len(w.dialed()); n < 5 || n > 20 {
 				t.Errorf("%v: %d connections in a minute", end, n)
 			}
+			if end != nil && !strings.Contains(w.log.String(), "level=WARN msg=\"XDS client loses its connections") {
+				t.Error("nothing but debug lines tells of a connection that does not last")
+			}
 		})
 	}
 }

@@ -214,6 +214,9 @@ func TestST_XDS15_Token(t *testing.T) {
 		if got := w.client.Status(); w.synced() || !strings.Contains(got.LastError, path) || w.terminations("ConnectionError") == 0 {
 			t.Errorf("without a token: status %+v", got)
 		}
+		if !strings.Contains(w.log.String(), "correct the file that the error names") || !strings.Contains(w.log.String(), "AUTH_TOKEN") {
+			t.Errorf("the log does not say what to do:\n%s", w.log)
+		}
 		if n := w.terminations("ConnectionError"); n > 20 {
 			t.Errorf("%v attempts in a minute", n)
 		}

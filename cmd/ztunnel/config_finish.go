@@ -180,10 +180,12 @@ func (l *loader) finishState() {
 	if c.XDS.OnDemand && c.DNS.Enabled {
 		l.problems = append(l.problems, errors.New("error parsing proxy config: DNS proxy does not currently support on-demand mode"))
 	}
-	if c.XDS.Address == "" && !l.isSet("LOCAL_XDS_PATH") && !l.isSet("LOCAL_XDS") {
+	// A bad address is a problem, and xDS is not off for it.
+	off := c.XDS.Address == "" && len(l.problems) == 0
+	if off && !l.isSet("LOCAL_XDS_PATH") && !l.isSet("LOCAL_XDS") {
 		l.warn("LOCAL_XDS_PATH", "xDS is off and there is no local file: no workload is known")
 	}
-	if c.XDS.Address == "" && c.XDS.OnDemand {
+	if off && c.XDS.OnDemand {
 		l.warn("XDS_ON_DEMAND", "has no effect without XDS_ADDRESS")
 	}
 }

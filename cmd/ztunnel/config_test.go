@@ -495,3 +495,16 @@ func TestConfigDocsAreCurrent(t *testing.T) {
 		t.Errorf("docs/configuration.md is stale, run make generate:\n%s", d)
 	}
 }
+
+// A control plane whose address is wrong is not one that is off.
+func TestLoad_BadAddressIsNotOff(t *testing.T) {
+	_, warnings, err := Load(with("XDS_ADDRESS=http://istiod:15010", "XDS_ON_DEMAND=true", "-LOCAL_XDS_PATH"), files(nil))
+	if err == nil {
+		t.Error("the address was taken")
+	}
+	for _, w := range warnings {
+		if w.Name == "LOCAL_XDS_PATH" || w.Name == "XDS_ON_DEMAND" {
+			t.Errorf("warning %v", w)
+		}
+	}
+}

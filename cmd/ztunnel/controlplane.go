@@ -5,14 +5,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/ztunnel-go/ztunnel/admin"
-	"github.com/ztunnel-go/ztunnel/proxy/dns"
-	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/xds"
 )
 
@@ -28,16 +25,6 @@ func (n *node) newControlPlane(registry *prometheus.Registry) (err error) {
 		return asConfigError(err)
 	}
 	return nil
-}
-
-// newResolver makes what finds the addresses of workloads that the control plane
-// describes by host name alone. It asks the nameservers from where the proxy is.
-func (n *node) newResolver(network netns.Network) (func(context.Context, string) ([]netip.Addr, error), error) {
-	r, err := dns.NewResolver(dns.ResolverConfig{Dial: dns.Over(network), IPv6: n.cfg.Sockets.IPv6, Logger: n.slog})
-	if err != nil {
-		return nil, err
-	}
-	return r.Lookup, nil
 }
 
 // runXDS is the xDS client, whose failure ends nothing: what is known goes on.

@@ -91,9 +91,6 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	if n.xds != nil && cfg.XDS.OnDemand {
 		data.Demand = n.xds.Demand
 	}
-	if data.Resolve, err = n.newResolver(parts.network); err != nil {
-		return nil, err
-	}
 	data.Metrics = proxy.NewMetrics(registry, metricsConfig(cfg))
 	data.TLS = tlsOptions(cfg, trust)
 	data.TLS.Tolerated = countTolerated(registry)
