@@ -143,3 +143,34 @@ func TestConcurrentUse(t *testing.T) {
 	wg.Wait()
 	s.consistent(t)
 }
+
+// Whoever is told of a change finds it.
+func TestChangedComesAfterTheChange(t *testing.T) {
+	s := New(Config{})
+	version := uint32(0)
+	next := func() Update {
+		version++
+		return Update{Workloads: []WorkloadUpdate{member(Workload{UID: "w", Capacity: version}, nil)}}
+	}
+	apply(t, s, next())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 300 {
+			before, _ := s.WorkloadByUID("w")
+			for changed := s.Changed(); !isClosed(changed); { // sees it sooner than one who sleeps
+			}
+			if after, _ := s.WorkloadByUID("w"); after.Capacity <= before.Capacity {
+				t.Errorf("told of a change, found version %d after %d", after.Capacity, before.Capacity)
+				return
+			}
+		}
+	}()
+	for !isClosed(done) {
+		if version%2 == 0 {
+			apply(t, s, next())
+		} else if err := s.Replace(next()); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -34,6 +34,8 @@ func TestDP_S07_LoadBalance(t *testing.T) {
 		want []string
 	}{
 		{"strict, no match", LoadBalanceStrict, at("", "", ""), nil},
+		{"strict, network only", LoadBalanceStrict, at("network", "none", "none"), nil},
+		{"strict, all but the network", LoadBalanceStrict, at("none", "reg", "zone"), nil},
 		{"strict, match", LoadBalanceStrict, at("network", "reg", "zone"), []string{"match"}},
 		{"failover, no match", LoadBalanceFailover, at("none", "none", "none"), []string{"almost", "match", "no_locality", "other"}},
 		{"failover, full", LoadBalanceFailover, at("network", "reg", "zone"), []string{"match"}},
@@ -55,6 +57,30 @@ func TestDP_S07_LoadBalance(t *testing.T) {
 		slices.Sort(got)
 		if diff := cmp.Diff(tt.want, got); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
+		}
+	}
+}
+
+// Without an address, an endpoint can be reached through the gateway of another
+// network only.
+func TestEndpointWithoutAddress(t *testing.T) {
+	behind := behind(gw("127.0.0.10", 15009))
+	key := host("ns", "example.com")
+	for _, tt := range []struct {
+		name string
+		w    Workload
+		want bool
+	}{
+		{"in our network, without gateway", but(obLocal, func(w *Workload) { w.IPs = nil }), false},
+		{"in our network, with a gateway", but(obLocal, behind), false},
+		{"in another network, without gateway", but(obRemote, func(w *Workload) { w.IPs = nil }), false},
+		{"in another network, with a gateway", but(obRemote, behind), true},
+		{"in our network, with a hostname", but(obLocal, func(w *Workload) { w.IPs, w.Hostname = nil, "db.example" }), true},
+	} {
+		s := New(Config{})
+		apply(t, s, Update{Workloads: []WorkloadUpdate{inExample(tt.w)}, Services: []*Service{example()}})
+		if w, _ := s.pick(key, &Query{Source: &Workload{}}, 80, standardMode); (w != nil) != tt.want {
+			t.Errorf("%s: %+v", tt.name, w)
 		}
 	}
 }

@@ -82,6 +82,7 @@ func (m *model) apply(u Update) {
 			add(old.endpoints)
 		}
 		for _, ep := range s.Endpoints {
+			ep.Ports = SortPorts(ep.Ports)
 			add(map[string]Endpoint{ep.WorkloadUID: ep})
 		}
 		add(m.staged[s.Key()])
@@ -194,7 +195,6 @@ func modelUpdate(r *rand.Rand) (u Update) {
 	}
 	for range r.IntN(4) {
 		s := c.service()
-		s.Endpoints = nil
 		if c.maybe() {
 			s.VIPs = nil
 		}

@@ -211,6 +211,17 @@ func TestST_ST05_LookupAddress(t *testing.T) {
 	if w, sv := s.now().at("", addr("127.0.0.2"), ""); w != nil || sv != nil {
 		t.Error("127.0.0.2 is something")
 	}
+	if sv, w := s.now().atHost(host("default", "defaulthost")); sv == nil || w != nil {
+		t.Error("default/defaulthost is no service")
+	}
+	if sv, w := s.now().atHost(host("default", "by-name")); sv != nil || w == nil {
+		t.Error("default/by-name is no workload")
+	}
+	for _, key := range []NamespacedHostname{host("default", "nothost"), host("other", "defaulthost"), host("other", "by-name")} {
+		if sv, w := s.now().atHost(key); sv != nil || w != nil {
+			t.Errorf("%s is something", key)
+		}
+	}
 }
 
 func TestLocalNeedsNode(t *testing.T) {
