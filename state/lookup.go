@@ -12,12 +12,19 @@ import (
 
 // read takes the tables for a reader, who gives them back with release and keeps
 // nothing of them but objects. It never waits: a writer holds only a copy that is
-// not the active one.
+// not the active one. A copy that was active when the reader looked for it may have
+// been edited since then, and not be active yet: what is read there, the next
+// reader would not find.
 func (s *Store) read() *tables {
 	for {
-		if t := s.active.Load(); t.readers.TryRLock() {
+		t := s.active.Load()
+		if !t.readers.TryRLock() {
+			continue
+		}
+		if s.active.Load() == t {
 			return t
 		}
+		t.readers.RUnlock()
 	}
 }
 
