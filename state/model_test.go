@@ -69,25 +69,8 @@ func (m *model) apply(u Update) {
 			changes = append(changes, modelChange{key, w.Workload.UID, &Endpoint{WorkloadUID: w.Workload.UID, Ports: SortPorts(ports), Health: w.Workload.Health}})
 		}
 	}
-	for _, s := range u.Services {
-		next := modelService{Service: s, endpoints: map[string]Endpoint{}}
-		add := func(all map[string]Endpoint) {
-			for uid, ep := range all {
-				if next.keeps(ep.Health) {
-					next.endpoints[uid] = ep
-				}
-			}
-		}
-		if old := m.service(s.Key()); old != nil {
-			add(old.endpoints)
-		}
-		for _, ep := range s.Endpoints {
-			ep.Ports = SortPorts(ep.Ports)
-			add(map[string]Endpoint{ep.WorkloadUID: ep})
-		}
-		add(m.staged[s.Key()])
-		delete(m.staged, s.Key())
-		m.services = append(slices.DeleteFunc(m.services, func(o modelService) bool { return o.Key() == s.Key() }), next)
+	for _, svc := range u.Services {
+		m.insertService(svc)
 	}
 	for _, name := range u.Stale {
 		if i := slices.IndexFunc(m.workloads, func(w modelWorkload) bool { return w.Workload.UID == name }); i >= 0 {
@@ -103,23 +86,50 @@ func (m *model) apply(u Update) {
 		}
 	}
 	for _, c := range changes {
-		if svc := m.service(c.key); svc != nil {
-			delete(svc.endpoints, c.uid)
-			if c.ep != nil && svc.keeps(c.ep.Health) {
-				svc.endpoints[c.uid] = *c.ep
+		m.change(c)
+	}
+}
+
+// insertService takes over the endpoints that the predecessor has, those that s
+// names and the staged ones, as far as s keeps them.
+func (m *model) insertService(s *Service) {
+	next := modelService{Service: s, endpoints: map[string]Endpoint{}}
+	add := func(all map[string]Endpoint) {
+		for uid, ep := range all {
+			if next.keeps(ep.Health) {
+				next.endpoints[uid] = ep
 			}
-			continue
 		}
-		delete(m.staged[c.key], c.uid)
-		if c.ep != nil {
-			if m.staged[c.key] == nil {
-				m.staged[c.key] = map[string]Endpoint{}
-			}
-			m.staged[c.key][c.uid] = *c.ep
+	}
+	if old := m.service(s.Key()); old != nil {
+		add(old.endpoints)
+	}
+	for _, ep := range s.Endpoints {
+		ep.Ports = SortPorts(ep.Ports)
+		add(map[string]Endpoint{ep.WorkloadUID: ep})
+	}
+	add(m.staged[s.Key()])
+	delete(m.staged, s.Key())
+	m.services = append(slices.DeleteFunc(m.services, func(o modelService) bool { return o.Key() == s.Key() }), next)
+}
+
+func (m *model) change(c modelChange) {
+	if svc := m.service(c.key); svc != nil {
+		delete(svc.endpoints, c.uid)
+		if c.ep != nil && svc.keeps(c.ep.Health) {
+			svc.endpoints[c.uid] = *c.ep
 		}
-		if len(m.staged[c.key]) == 0 {
-			delete(m.staged, c.key)
+		return
+	}
+	delete(m.staged[c.key], c.uid)
+	if c.ep != nil {
+		if m.staged[c.key] == nil {
+			m.staged[c.key] = map[string]Endpoint{}
 		}
+		m.staged[c.key][c.uid] = *c.ep
+	}
+	if len(m.staged[c.key]) == 0 {
+		delete(m.staged, c.key)
 	}
 }
 
@@ -151,16 +161,21 @@ func (m *model) bestWorkload(claims func(w *Workload) bool, byUID bool) string {
 	return best
 }
 
-func (m *model) serviceAt(network string, ip netip.Addr, ns string) string {
+// bestService is §4.4 for a hostname or an exact VIP.
+func (m *model) bestService(claims func(s *Service) bool, ns string) string {
 	best, top := "", []int{}
 	for _, s := range m.services {
 		near := ns != "" && s.Namespace == ns
 		rank := []int{bit(!s.stale), bit(near), bit(s.Canonical)}
-		if slices.Contains(s.VIPs, NetworkAddress{network, ip}) && m.visible(&s, ns) &&
-			(best == "" || ranked(rank, top) || slices.Equal(rank, top) && s.Canonical && !near) {
+		if claims(s.Service) && m.visible(&s, ns) && (best == "" || ranked(rank, top) || slices.Equal(rank, top) && s.Canonical && !near) {
 			best, top = s.Key().String(), rank
 		}
 	}
+	return best
+}
+
+func (m *model) serviceAt(network string, ip netip.Addr, ns string) string {
+	best, top := m.bestService(func(s *Service) bool { return slices.Contains(s.VIPs, NetworkAddress{network, ip}) }, ns), []int{}
 	if best != "" {
 		return best
 	}
@@ -195,6 +210,9 @@ func modelUpdate(r *rand.Rand) (u Update) {
 	}
 	for range r.IntN(4) {
 		s := c.service()
+		for i := range s.Endpoints {
+			s.Endpoints[i].Health = Health(c.n(2))
+		}
 		if c.maybe() {
 			s.VIPs = nil
 		}
@@ -240,6 +258,14 @@ func (m *model) compare(t *testing.T, s *Store) {
 				if got, want := s.vip(network, ip.String(), ns), m.serviceAt(network, ip, ns); got != want {
 					t.Errorf("service at %s/%s from %q: %q, want %q", network, ip, ns, got, want)
 				}
+			}
+		}
+	}
+	for _, hostname := range []string{"a", "b", "way", "nobody"} {
+		for _, ns := range namespaces {
+			want := m.bestService(func(s *Service) bool { return s.Hostname == hostname }, ns)
+			if got := s.host(hostname, ns); got != want {
+				t.Errorf("service of %s from %q: %q, want %q", hostname, ns, got, want)
 			}
 		}
 	}
