@@ -98,14 +98,20 @@ func (d *inboundDecision) checkAddress() error {
 			return err
 		}
 	}
-	// A waypoint may stand for a service that its own namespace does not see.
-	namespaces := [...]string{q.Local.Namespace, ""}
-	for i, ns := range namespaces {
-		w, svc := d.t.at(a.Network, a.Addr, ns)
-		if i == 0 {
-			d.e.sandwich(w, svc)
+	w, svc := d.t.at(a.Network, a.Addr, q.Local.Namespace)
+	d.e.sandwich(w, svc)
+	if ok, err := d.servedByUs(w, svc); ok || err != nil {
+		return err
+	}
+	// What the address means depends on the namespace of the client: a waypoint may
+	// stand for a service that its own namespace does not see, or not prefer.
+	for _, svc := range d.t.vip(a) {
+		if ok, err := d.servedByUs(nil, svc); ok || err != nil {
+			return err
 		}
-		if ok, err := d.servedByUs(w, svc); ok || err != nil {
+	}
+	if w == nil {
+		if ok, err := d.servedByUs(nil, d.t.serviceAt(a.Network, a.Addr, "")); ok || err != nil {
 			return err
 		}
 	}

@@ -143,6 +143,9 @@ func TestInboundDestination(t *testing.T) {
 		toVIP(inboundCase{name: "of a service that our namespace does not see", serviceVia: vip, serviceMods: []func(*Service){hidden}, want: "10.0.0.3:80"}),
 		toVIP(inboundCase{name: "of the service of our namespace, beside a canonical one", serviceVia: vip, others: []*Service{
 			{Namespace: "other", Hostname: "canonical", Canonical: true, VIPs: []NetworkAddress{{"", addr(inVIP)}}}}, want: "10.0.0.3:80"}),
+		toVIP(inboundCase{name: "of a service of a third namespace, beside a canonical one of another", serviceVia: vip, others: []*Service{
+			{Namespace: "other", Hostname: "canonical", Canonical: true, VIPs: []NetworkAddress{{"", addr(inVIP)}}}}, want: "10.0.0.3:80",
+			serviceMods: []func(*Service){func(s *Service) { s.Namespace = "third" }}}),
 		{name: "the service of the server does not make it a waypoint", serviceVia: vip, local: "server", conn: inServer, authority: inVIP + ":80", wantErr: ErrIPMismatch},
 		{name: "a tunnel takes any address", tunnel: &ApplicationTunnel{Port: 15088}, local: "waypoint", conn: inWaypoint, authority: inClient + ":80", want: "10.0.0.3:15088"},
 		{name: "a tunnel without port or PROXY", tunnel: &ApplicationTunnel{}, local: "waypoint", conn: inWaypoint, authority: inClient + ":80", want: "10.0.0.3:80"},
