@@ -62,6 +62,18 @@ func (r *Resolver) ask(ctx context.Context, k key) (answer, error) {
 	return answer{}, context.Cause(ctx)
 }
 
+// giveUp keeps for a while that k was not answered in time, unless somebody waits
+// for it or knows better.
+func (r *Resolver) giveUp(k key) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	if _, known := r.cache.get(k, now); known || r.flights[k] != nil {
+		return
+	}
+	r.cache.put(&cached{key: k, err: fmt.Errorf("%v: %w", k.question, errNoAnswer), until: now.Add(lateTTL)})
+}
+
 // fly finds out and keeps the answer. Its waiters wait for it to end.
 func (r *Resolver) fly(ctx context.Context, k key, f *flight) {
 	defer close(f.done)

@@ -23,6 +23,9 @@ const (
 	// other: a nameserver that drops one type of question must not cost the
 	// addresses that there are.
 	secondFamily = 500 * time.Millisecond
+	// lateTTL is how long nobody waits again for a family that was late: every
+	// connection would pay for it.
+	lateTTL = 5 * time.Second
 )
 
 // ErrNoSuchHost is wrapped by the error for a name that does not exist.
@@ -175,7 +178,8 @@ func (r *Resolver) families(ctx context.Context, conf *resolvConf, name string) 
 	var got [2]result
 	results := make(chan result, len(got))
 	missing := 0
-	for i, k := range []key{a, {conf, question{name, dns.TypeAAAA}}} {
+	keys := [...]key{a, {conf, question{name, dns.TypeAAAA}}}
+	for i, k := range keys {
 		if c, ok := r.known(k); ok {
 			got[i] = result{i, c.answer, c.err}
 			continue
@@ -196,7 +200,9 @@ func (r *Resolver) families(ctx context.Context, conf *resolvConf, name string) 
 		case res = <-results:
 		case <-patience:
 			cancel(errNoAnswer)
-			res = <-results
+			if res = <-results; errors.Is(res.err, errNoAnswer) {
+				r.giveUp(keys[res.family])
+			}
 		}
 		got[res.family] = res
 	}
