@@ -300,6 +300,28 @@ func TestOtherGatewayBeforeOtherEndpoint(t *testing.T) {
 	})
 }
 
+// D8: another endpoint behind the gateway that has just failed is no second chance,
+// and would cost the time of a second failure.
+func TestSameGatewayIsNotTriedAgain(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		w := m.twoNetworks()
+		second := m.certify("second", "10.0.2.3", w.root, false, inNetwork("far"), withWorkload(func(s *state.Workload) {
+			s.NetworkGateway = w.server.w.NetworkGateway
+		}))
+		second.services = w.server.services
+		m.push()
+		m.net.Blackhole(w.gateway.at.Addr(), true)
+		start := time.Now()
+		if err := w.client.request(remoteVIP, "x"); err == nil {
+			t.Error("a request succeeded")
+		}
+		if d := time.Since(start); d >= 15*time.Second {
+			t.Errorf("failed after %v, want the time of one connect", d)
+		}
+		w.wantNothingLeft(1)
+	})
+}
+
 // When Run has returned, the inner tunnels have ended, whatever was left of them,
 // and no new ones can be made.
 func TestRunEndsInnerTunnels(t *testing.T) {
@@ -313,7 +335,7 @@ func TestRunEndsInnerTunnels(t *testing.T) {
 		if n := len(w.client.proxy.tunnels.list()); n != 0 {
 			t.Errorf("%d tunnels are on record", n)
 		}
-		if _, err := w.client.proxy.inner.Open(m.ctx, innerKey{}, "a:1"); err != hbone.ErrPoolClosed { //nolint:errorlint // what it wraps would come from dialling
+		if _, err := w.client.proxy.inner.Open(m.ctx, innerKey{}, "a:1"); err != hbone.ErrPoolClosed { // one that is wrapped would come from dialling
 			t.Errorf("Open after Run: %v, want ErrPoolClosed", err)
 		}
 		held.Close()
