@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/ztunnel-go/ztunnel/xds"
 	"github.com/ztunnel-go/ztunnel/xds/workloadpb"
 	"github.com/ztunnel-go/ztunnel/xds/xdstest"
 )
@@ -85,5 +86,61 @@ func TestDemandAfterRemoval(t *testing.T) {
 		w.settle()
 		demand("uid2", 5)
 		demand("uid2", 5)
+	})
+}
+
+// TestDemandIsNotEvictedWhileWaitedFor: of all that is remembered, what somebody waits
+// for again goes last.
+func TestDemandIsNotEvictedWhileWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, xdstest.Config{}, func(c *xds.Config) { c.OnDemand, c.Logger = true, nil })
+		w.server.Set(xdstest.Workload(workload("uid1", "1.2.3.4")))
+		demand := func(key string) {
+			if err := w.client.Demand(t.Context(), key); err != nil {
+				t.Error(err)
+			}
+		}
+		demand("/1.2.3.4")
+		var others sync.WaitGroup
+		for k := range 128 {
+			others.Go(func() {
+				for i := k; i < 8191; i += 128 {
+					demand(fmt.Sprint("other", i))
+				}
+			})
+		}
+		others.Wait()
+		sleep(6 * time.Second)
+		w.server.Pause()
+		others.Go(func() { demand("/1.2.3.4") })
+		synctest.Wait()
+		others.Go(func() { demand("one more") })
+		sleep(time.Second)
+		w.server.Resume()
+		others.Wait()
+	})
+}
+
+// TestDemandAcrossReconnect: nobody has to ask again for the next stream to ask.
+func TestDemandAcrossReconnect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, xdstest.Config{}, onDemand)
+		w.server.Set(xdstest.Workload(workload("uid1", "1.2.3.4")))
+		w.settle()
+		w.server.Pause()
+		var waiter sync.WaitGroup
+		waiter.Go(func() {
+			if err := w.client.Demand(t.Context(), "/1.2.3.4"); err != nil {
+				t.Error(err)
+			}
+		})
+		sleep(time.Second)
+		w.server.Disconnect(nil)
+		sleep(time.Second)
+		w.server.Resume()
+		waiter.Wait()
+		if !w.has("uid1") {
+			t.Error("it is not there")
+		}
 	})
 }

@@ -28,7 +28,10 @@ func newOutbox() *outbox {
 	return &outbox{ready: make(chan struct{}, 1), room: make(chan struct{}, 1)}
 }
 
-func isAnswer(m *discoverypb.DeltaDiscoveryRequest) bool { return m.GetResponseNonce() != "" }
+// isAnswer goes by what a request asks for: a response may lack a nonce.
+func isAnswer(m *discoverypb.DeltaDiscoveryRequest) bool {
+	return m.GetNode() == nil && len(m.GetResourceNamesSubscribe())+len(m.GetResourceNamesUnsubscribe()) == 0
+}
 
 func (o *outbox) push(m *discoverypb.DeltaDiscoveryRequest) {
 	o.mu.Lock()

@@ -11,7 +11,7 @@ import (
 // nothing can be sent any more. None is lost, and the order stays.
 func TestOutboxIsFull(t *testing.T) {
 	o := newOutbox()
-	o.push(&discoverypb.DeltaDiscoveryRequest{TypeUrl: "question"})
+	o.push(&discoverypb.DeltaDiscoveryRequest{TypeUrl: "question", ResourceNamesSubscribe: []string{"uid1"}})
 	for i := range maxAnswers {
 		if o.full() {
 			t.Fatalf("full with %d answers", i)
@@ -40,7 +40,10 @@ func TestOutboxIsFull(t *testing.T) {
 func TestOutboxThatFailedIsNotFull(t *testing.T) {
 	o := newOutbox()
 	for i := range maxAnswers {
-		o.push(&discoverypb.DeltaDiscoveryRequest{ResponseNonce: fmt.Sprint(i)})
+		o.push(&discoverypb.DeltaDiscoveryRequest{TypeUrl: fmt.Sprint(i)}) // the response had no nonce
+	}
+	if !o.full() || o.hasDemand() {
+		t.Errorf("full %t, has a demand %t", o.full(), o.hasDemand())
 	}
 	o.fail()
 	<-o.room

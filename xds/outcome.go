@@ -101,8 +101,15 @@ func hintFor(s *status.Status, dialed error) string {
 		return "check the control plane logs for more information"
 	case s.Code() == codes.Unauthenticated || s.Code() == codes.PermissionDenied:
 		return "the token must be valid for the control plane's audience (AUTH_TOKEN), and the cluster be known to it (CLUSTER_ID): see its log"
-	case contains("x509: certificate is valid for") || contains("x509: certificate is not valid for any names"):
+	case contains("x509: certificate is valid for") || contains("x509: certificate is not valid for any names") ||
+		contains("doesn't contain any IP SANs") || contains("legacy Common Name"):
 		return "the server's certificate has another name: correct XDS_ADDRESS, or set ALT_XDS_HOSTNAME"
+	case contains("x509: certificate has expired or is not yet valid"):
+		return "renew the server's certificate, and check the clocks"
+	case contains("first record does not look like a TLS handshake"):
+		return "what listens there speaks no TLS: correct the port in XDS_ADDRESS"
+	case contains("protocol version"):
+		return "a control plane that has TLS 1.2 only needs TLS12_ENABLED=true"
 	case contains("x509: "):
 		return "XDS_ROOT_CA must hold the root of the server's certificate"
 	case s.Code() == codes.Unimplemented:

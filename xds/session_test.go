@@ -343,13 +343,16 @@ func TestNACKIsBounded(t *testing.T) {
 		for i := range 5_000 {
 			resources = append(resources, xdstest.Bad(xdstest.AddressType, fmt.Sprintf("bad-%s-%d", strings.Repeat("x", 200), i)))
 		}
-		w.server.Set(resources...)
+		w.server.Set(append(resources, xdstest.Bad(xdstest.AddressType, strings.Repeat("a", 100_000)))...)
 		w.settle()
 		nack, ok := w.last(xdstest.AddressType, func(r xdstest.Request) bool { return r.GetErrorDetail() != nil })
 		if text := nack.GetErrorDetail().GetMessage(); !ok || len(text) > 65<<10 || !strings.HasSuffix(text, "; and more") {
 			t.Errorf("the NACK has %d bytes, ends in %q", len(text), text[max(0, len(text)-20):])
 		}
-		if got := w.status(xdstest.AddressType); got.RejectedCount != 5_000 || len(got.Rejected) != 1000 {
+		if text := nack.GetErrorDetail().GetMessage(); !strings.HasPrefix(text, "aaa") || !strings.Contains(text, "; bad-") {
+			t.Errorf("a long name takes the room of all: %.700q", text)
+		}
+		if got := w.status(xdstest.AddressType); got.RejectedCount != 5_001 || len(got.Rejected) != 1000 {
 			t.Errorf("%d rejected, %d listed", got.RejectedCount, len(got.Rejected))
 		}
 	})

@@ -200,7 +200,7 @@ func (s *subscription) versioned() bool {
 func nackText(rejected *state.RejectedError) string {
 	var b strings.Builder
 	for i, r := range rejected.Resources {
-		entry := r.Name + ": " + cut(r.Err.Error(), maxReason)
+		entry := cut(r.Name, maxReason) + ": " + cut(r.Err.Error(), maxReason)
 		if i > 0 {
 			entry = "; " + entry
 		}
