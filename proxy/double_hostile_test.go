@@ -76,7 +76,7 @@ func TestInnerPeerMisbehaves(t *testing.T) {
 			tc, _ := w.innerTLS(c)
 			drain(tc)
 			c.Close()
-		}, "inner tunnel: http2 handshake failed: http2 handshake: no SETTINGS from peer: context deadline exceeded", 10 * time.Second},
+		}, "inner tunnel: http2 handshake failed: no SETTINGS from peer: context deadline exceeded", 10 * time.Second},
 		{"gone before SETTINGS", func(w *twoNetworks, c netns.Conn) {
 			_, _ = w.innerTLS(c)
 			_ = c.Abort()

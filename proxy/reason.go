@@ -100,7 +100,7 @@ func answerReason(err error) (text, flag string) {
 	case errors.As(err, &handshake):
 		return "io error: " + handshake.Error(), flagConnect
 	case errors.As(err, &preface):
-		return "http2 handshake failed: " + preface.Error(), flagH2
+		return "http2 handshake failed: " + preface.Err.Error(), flagH2
 	}
 	return "h2 failed: " + err.Error(), flagH2
 }

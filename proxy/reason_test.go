@@ -45,7 +45,7 @@ func TestReason(t *testing.T) {
 		{"HBONE connect ETIMEDOUT", &dialError{hbone: true, err: syscall.ETIMEDOUT}, "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: connection timed out", "NETWORK_POLICY"},
 		{"TLS configuration", &tlsConfigError{errors.New("no SVID")}, "tls error: no SVID", "TLS_FAILURE"},
 		{"TLS handshake", &openError{err: &hbone.HandshakeError{Err: io.ErrUnexpectedEOF}}, "io error: " + (&hbone.HandshakeError{Err: io.ErrUnexpectedEOF}).Error(), "CONNECT"},
-		{"preface", &openError{err: &hbone.PrefaceError{Err: io.EOF}}, "http2 handshake failed: " + (&hbone.PrefaceError{Err: io.EOF}).Error(), "H2_HANDSHAKE_FAILURE"},
+		{"preface", &openError{err: &hbone.PrefaceError{Err: io.EOF}}, "http2 handshake failed: EOF", "H2_HANDSHAKE_FAILURE"},
 		{"status", &openError{err: &hbone.StatusError{Code: 401}}, "http status: 401 Unauthorized", "CONNECT"},
 		{"stream reset before the answer", &openError{err: &hbone.StreamError{Code: hbone.ErrInternal, Remote: true}}, "h2 failed: " + (&hbone.StreamError{Code: hbone.ErrInternal, Remote: true}).Error(), "H2_HANDSHAKE_FAILURE"},
 		{"pool", &openError{err: hbone.ErrPoolClosed}, "pool draining", "CONNECT"},
