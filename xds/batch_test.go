@@ -130,6 +130,23 @@ func TestAddressesWithoutNameAndUIDAreSkipped(t *testing.T) {
 	}
 }
 
+// A name that another one has succeeded gives nothing up.
+func TestAddressesStaleUnderAFormerName(t *testing.T) {
+	s := newStore()
+	a := newAddresses(s)
+	a.apply([]*discoverypb.Resource{
+		resource(t, "former", workloadOf(pod("u", "10.0.0.1"))),
+		resource(t, "later", workloadOf(pod("u", "10.0.0.1"))),
+		workloadResource(t, pod("another", "10.0.0.1")),
+	}, nil, nil)
+	a.apply([]*discoverypb.Resource{resource(t, "later", workloadOf(pod("u", "10.0.0.1")))}, nil, nil)
+	before, _ := s.Workload("", netip.MustParseAddr("10.0.0.1"))
+	a.apply(nil, nil, []string{"former"})
+	if w, ok := s.Workload("", netip.MustParseAddr("10.0.0.1")); !ok || w.UID != before.UID || w.UID != "u" {
+		t.Errorf("got %v, before %v, want u", w, before)
+	}
+}
+
 // A service that is refused says nothing of a workload with the same key.
 func TestAddressesOfOneKeyAndTwoKinds(t *testing.T) {
 	s := newStore()

@@ -31,6 +31,10 @@ const answerTimeout = time.Minute
 // subscribeBatch bounds a request that subscribes to what we hold.
 const subscribeBatch = 1000
 
+// nothing are names of what there is not: each end of subscriptions subscribes to one
+// of them, in turn.
+var nothing = []string{"nothing/0", "nothing/1"}
+
 type clientStream = grpc.BidiStreamingClient[discoverypb.DeltaDiscoveryRequest, discoverypb.DeltaDiscoveryResponse]
 
 // session is one stream. Its goroutines end with run; but for the outbox, the
@@ -48,6 +52,7 @@ type session struct {
 	mixed    bool      // it told versions to a server that has none
 	askAt    time.Time // when the next names may be asked for
 	more     bool      // there are names to be asked for
+	turn     int       // of nothing
 	deafAt   time.Time // when the server counts as deaf; zero: it reads
 }
 
@@ -246,7 +251,12 @@ func (s *session) ask(ctx context.Context, now time.Time) {
 	s.more, s.askAt = more, now.Add(demandPace)
 	// Two requests: in one, a name that stands in both lists would be unsubscribed.
 	if len(unsubscribe) > 0 {
-		s.out.push(&discoverypb.DeltaDiscoveryRequest{TypeUrl: addressURL, ResourceNamesUnsubscribe: unsubscribe})
+		// To a request that subscribes to nothing istiod answers that everything is removed.
+		s.turn = 1 - s.turn
+		s.out.push(&discoverypb.DeltaDiscoveryRequest{
+			TypeUrl: addressURL, ResourceNamesSubscribe: nothing[s.turn : s.turn+1],
+			ResourceNamesUnsubscribe: append(unsubscribe, nothing[1-s.turn]),
+		})
 	}
 	if len(subscribe) > 0 {
 		s.out.push(&discoverypb.DeltaDiscoveryRequest{TypeUrl: addressURL, ResourceNamesSubscribe: subscribe})

@@ -172,6 +172,9 @@ func (st *stream) handle(r *discoverypb.DeltaDiscoveryRequest) error {
 	for _, name := range r.GetResourceNamesUnsubscribe() {
 		delete(sub.names, name)
 	}
+	if len(r.GetResourceNamesSubscribe()) == 0 {
+		st.violation("%s: istiod answers to a mere end of subscriptions that everything is removed", r.GetTypeUrl())
+	}
 	return nil
 }
 
