@@ -1,6 +1,7 @@
 package state
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -23,9 +24,11 @@ var (
 // weighted set is drawn from once for each connection; without any weight it is
 // as if it were empty.
 func (d *decision) waypointOf(svc *service) *GatewayAddress {
-	var total uint64
-	for i := range svc.WeightedWaypoints {
-		total += uint64(svc.WeightedWaypoints[i].Weight)
+	elsewhere := len(d.q.Avoid) > 0 // a second try must not draw the waypoint that has just failed
+	total := d.totalWeight(svc, elsewhere)
+	if total == 0 && elsewhere {
+		elsewhere = false
+		total = d.totalWeight(svc, false)
 	}
 	if total == 0 {
 		return svc.Waypoint
@@ -33,13 +36,34 @@ func (d *decision) waypointOf(svc *service) *GatewayAddress {
 	n := d.q.draw(total)
 	for i := range svc.WeightedWaypoints {
 		m := &svc.WeightedWaypoints[i]
-		if n < uint64(m.Weight) {
+		weight := d.weight(m, elsewhere)
+		if n < weight {
 			d.e.weighted(svc, &m.Destination)
 			return &m.Destination
 		}
-		n -= uint64(m.Weight)
+		n -= weight
 	}
 	return svc.Waypoint
+}
+
+func (d *decision) totalWeight(svc *service, elsewhere bool) (total uint64) {
+	for i := range svc.WeightedWaypoints {
+		total += d.weight(&svc.WeightedWaypoints[i], elsewhere)
+	}
+	return total
+}
+
+// weight of a member. With elsewhere it is 0 for one that is known to have no
+// endpoint but those that are to be avoided.
+func (d *decision) weight(m *WeightedWaypoint, elsewhere bool) uint64 {
+	if elsewhere {
+		silent := decision{s: d.s, t: d.t, q: d.q}
+		_, err := silent.gateway(&waypointKind, &m.Destination)
+		if miss := (*Miss)(nil); err != nil && !errors.As(err, &miss) {
+			return 0
+		}
+	}
+	return uint64(m.Weight)
 }
 
 // throughServiceWaypoint is rule A: to the waypoint of the service, by way of a

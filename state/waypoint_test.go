@@ -1,6 +1,7 @@
 package state
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
 
@@ -330,4 +331,38 @@ func TestD8_AvoidWaypoint(t *testing.T) {
 			workloads: []WorkloadUpdate{member(but(obLocal, waypointed(gw("127.0.0.10", 15008))), nil)}, services: []*Service{example(vips("127.0.0.2"), mode(LoadBalancePassthrough))}},
 		{name: "endpoint behind the gateway", workloads: far, services: []*Service{example(named("san")), wayService}, avoid: []string{obRemote.UID}, dst: "127.0.0.3:80", wantErr: ErrNoHealthyUpstream},
 	})
+}
+
+// D8 with a weighted set: the second try draws among the members that have
+// another endpoint, and fails only when none has.
+func TestD8_AvoidWeightedWaypoint(t *testing.T) {
+	weighted := example(func(svc *Service) {
+		svc.WeightedWaypoints = []WeightedWaypoint{
+			{Destination: *gw("127.0.0.10", 15008), Weight: 99},
+			{Destination: *gw("127.0.0.11", 15008), Weight: 1},
+		}
+	})
+	s := New(Config{})
+	apply(t, s, Update{
+		Workloads: []WorkloadUpdate{member(obWaypoint, nil), member(obDualWay, nil), inExample(obLocal)},
+		Services:  []*Service{weighted},
+	})
+	first := func(uint64) uint64 { return 0 }
+	for _, tt := range []struct {
+		avoid []string
+		want  string
+	}{
+		{nil, obWaypoint.UID},
+		{[]string{obWaypoint.UID}, obDualWay.UID},
+		{[]string{obDualWay.UID}, obWaypoint.UID},
+		{[]string{obWaypoint.UID, obDualWay.UID}, ""},
+	} {
+		r, err := s.Route(Query{Source: &Workload{Namespace: "ns"}, Dst: addrPort("127.0.0.3:80"), Avoid: tt.avoid, Draw: first})
+		switch {
+		case tt.want == "" && !errors.Is(err, ErrNoHealthyUpstream):
+			t.Errorf("avoiding %v: got %v, %v, want no healthy upstream", tt.avoid, r.Workload, err)
+		case tt.want != "" && (err != nil || r.Workload.UID != tt.want):
+			t.Errorf("avoiding %v: got %v, %v, want %s", tt.avoid, r.Workload, err, tt.want)
+		}
+	}
 }
