@@ -13,7 +13,7 @@ import (
 )
 
 // Header is one gRPC metadata entry that goes with each stream.
-type Header struct{ Name, Value string }
+type Header = istiod.Header
 
 // FullSet says whether the first response of a stream may delete what it does not
 // name (XDS_FULL_SET).
@@ -108,10 +108,7 @@ func newClient(cfg Config) (*Client, error) {
 	if err := istiod.CheckHostname(cfg.AltHostname); err != nil {
 		return nil, fmt.Errorf("field AltHostname: %w", err)
 	}
-	creds := istiod.CredentialsConfig{TokenFile: cfg.TokenFile, Token: cfg.Token, ClusterID: cfg.ClusterID}
-	for _, h := range cfg.Headers {
-		creds.Headers = append(creds.Headers, istiod.Header(h))
-	}
+	creds := istiod.CredentialsConfig{Headers: cfg.Headers, TokenFile: cfg.TokenFile, Token: cfg.Token, ClusterID: cfg.ClusterID}
 	if c.creds, err = istiod.NewCredentials(creds); err != nil {
 		return nil, err
 	}

@@ -67,10 +67,7 @@ func newFetcher(cfg Config) (*fetcher, error) {
 	if f.endpoint, err = istiod.ParseAddress(cfg.Address); err != nil {
 		return nil, err
 	}
-	creds := istiod.CredentialsConfig{TokenFile: cfg.TokenFile, Token: cfg.Token, ClusterID: cfg.ClusterID}
-	for _, h := range cfg.Headers {
-		creds.Headers = append(creds.Headers, istiod.Header(h))
-	}
+	creds := istiod.CredentialsConfig{Headers: cfg.Headers, TokenFile: cfg.TokenFile, Token: cfg.Token, ClusterID: cfg.ClusterID}
 	if f.creds, err = istiod.NewCredentials(creds); err != nil {
 		return nil, err
 	}

@@ -84,7 +84,7 @@ func TestID_CA03_FetchCertificate(t *testing.T) {
 			name: "a signer, and headers",
 			change: func(c *istio.Config) {
 				c.ClusterID, c.CertSigner = "", "clusterissuers.example/x"
-				c.Headers = []istio.Header{{"X-One", "1"}, {"x-two", "a"}, {"X-TWO", "b"}}
+				c.Headers = []istio.Header{{Name: "X-One", Value: "1"}, {Name: "x-two", Value: "a"}, {Name: "X-TWO", Value: "b"}}
 			},
 			want: want{impersonated: true, metadata: map[string]any{"ImpersonatedIdentity": webID.String(), "CertSigner": "clusterissuers.example/x"},
 				headers: map[string][]string{"x-one": {"1"}, "x-two": {"a", "b"}}},

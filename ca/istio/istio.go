@@ -20,7 +20,7 @@ import (
 )
 
 // Header is one gRPC metadata entry that goes with each request.
-type Header struct{ Name, Value string }
+type Header = istiod.Header
 
 // Config configures the client. Address is mandatory, everything else has a
 // default.

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/ztunnel-go/ztunnel/ca/router"
+	"github.com/ztunnel-go/ztunnel/internal/istiod"
 )
 
 // Config is the effective configuration of one process: plain values, checked.
@@ -178,7 +179,7 @@ type RootCert struct {
 }
 
 // HeaderField is one extra gRPC metadata entry; the name is lower case.
-type HeaderField struct{ Name, Value string }
+type HeaderField = istiod.Header
 
 // TokenSource is the bearer token for the control plane: a file that is read
 // again for each request, or the token itself; neither = no authentication.

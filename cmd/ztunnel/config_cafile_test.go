@@ -77,7 +77,7 @@ routes:
 		}),
 		want("spire-workload", "spire-workload", func(s *ProviderSettings) { s.EndpointSocket = "/own" }),
 		want("istio", "istio", func(s *ProviderSettings) {
-			s.Headers, s.Token, s.CertSigner = []HeaderField{{"x-a", "b"}}, TokenSource{Token: "secret"}, ""
+			s.Headers, s.Token, s.CertSigner = []HeaderField{{Name: "x-a", Value: "b"}}, TokenSource{Token: "secret"}, ""
 		}),
 		want("istio-old", "istio", func(s *ProviderSettings) {
 			s.Address, s.RootCert, s.AltHostname, s.Roots = "https://old:15012", RootCert{}, "istiod", "/roots.pem"

@@ -128,10 +128,10 @@ func TestID_CF01_ConfigFromProxyConfig(t *testing.T) {
 		if d := cmp.Diff(want, c.Proxy.Metadata); d != "" {
 			t.Error(d)
 		}
-		if d := cmp.Diff([]HeaderField{{"header_baz", "baz"}}, c.CA.Headers); d != "" {
+		if d := cmp.Diff([]HeaderField{{Name: "header_baz", Value: "baz"}}, c.CA.Headers); d != "" {
 			t.Error(d)
 		}
-		if d := cmp.Diff([]HeaderField{{"authorization", "Bearer abc"}, {"header_foo", "foo"}}, c.XDS.Headers); d != "" {
+		if d := cmp.Diff([]HeaderField{{Name: "authorization", Value: "Bearer abc"}, {Name: "header_foo", Value: "foo"}}, c.XDS.Headers); d != "" {
 			t.Error(d)
 		}
 		if v, _ := origin(c, "XDS_HEADER_AUTHORIZATION"); v != redacted {

@@ -64,13 +64,9 @@ func localCAConfig(t trust, p ProviderConfig) calocal.Config {
 // istioConfig: only a shared proxy impersonates. In dedicated mode the CA alone
 // decides who we are.
 func istioConfig(cfg *Config, t trust, p ProviderConfig) istio.Config {
-	headers := make([]istio.Header, 0, len(p.Headers))
-	for _, h := range p.Headers {
-		headers = append(headers, istio.Header{Name: h.Name, Value: h.Value})
-	}
 	return istio.Config{
 		Name: p.Name, Address: p.Address, RootFile: p.RootCert.File, RootPEM: p.RootCert.Inline, AltHostname: p.AltHostname,
-		Headers: headers, TokenFile: p.Token.File, Token: p.Token.Token, ClusterID: cfg.Proxy.ClusterID, CertSigner: p.CertSigner,
+		Headers: p.Headers, TokenFile: p.Token.File, Token: p.Token.Token, ClusterID: cfg.Proxy.ClusterID, CertSigner: p.CertSigner,
 		Impersonate: cfg.Proxy.Mode == ModeShared, TrustDomain: t.domain, Aliases: t.aliases, TTL: p.SecretTTL, Roots: p.Roots,
 		TLS12: cfg.TLS.AllowTLS12 && !cfg.TLS.PostQuantum, PQC: cfg.TLS.PostQuantum,
 		Poll: ca.PollConfig{Timeout: p.RequestTimeout, Validation: t.validation},
@@ -135,12 +131,8 @@ func worldConfig(cfg *Config) worldlocal.Config {
 // xdsConfig is that of the control plane. The token is that for the CA.
 func xdsConfig(cfg *Config) xds.Config {
 	x, p := cfg.XDS, cfg.Proxy
-	headers := make([]xds.Header, 0, len(x.Headers))
-	for _, h := range x.Headers {
-		headers = append(headers, xds.Header{Name: h.Name, Value: h.Value})
-	}
 	c := xds.Config{
-		Address: x.Address, RootFile: x.RootCert.File, RootPEM: x.RootCert.Inline, AltHostname: x.AltHostname, Headers: headers,
+		Address: x.Address, RootFile: x.RootCert.File, RootPEM: x.RootCert.Inline, AltHostname: x.AltHostname, Headers: x.Headers,
 		TokenFile: cfg.CA.Token.File, Token: cfg.CA.Token.Token, ClusterID: p.ClusterID,
 		TLS12: cfg.TLS.AllowTLS12 && !cfg.TLS.PostQuantum, PQC: cfg.TLS.PostQuantum,
 		Node: xds.Node{
