@@ -83,7 +83,7 @@ func ClientTLS(svid *SVID, expected []spiffeid.ID, opts TLSOptions) (*tls.Config
 	own := svid.ID.TrustDomain()
 	conf.VerifyConnection = verifyConnection(svid, Server, opts, func(peer spiffeid.ID) error {
 		for _, e := range expected {
-			if peer == e || peer.Path() == e.Path() && opts.sameDomain(own, e.TrustDomain(), peer.TrustDomain()) {
+			if opts.SameIdentity(own, e, peer) {
 				return nil
 			}
 		}
@@ -146,6 +146,13 @@ func verifyConnection(svid *SVID, usage Usage, opts TLSOptions, allowed func(spi
 		}
 		return err
 	}
+}
+
+// SameIdentity reports whether a and b are one identity for the holder of a
+// certificate of own: the same, or the same but for trust domains that are aliases
+// of each other (design D2).
+func (o TLSOptions) SameIdentity(own spiffeid.TrustDomain, a, b spiffeid.ID) bool {
+	return a == b || a.Path() == b.Path() && o.sameDomain(own, a.TrustDomain(), b.TrustDomain())
 }
 
 // sameDomain reports whether a and b name one trust domain for the holder of a

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -296,7 +295,7 @@ func (t *inboundTunnel) source(ctx context.Context, r *hbone.Request, identity s
 	if !known && !p.fromGateway(r.Fields) {
 		w, known = p.demandSource(ctx, t.src.Addr())
 	}
-	if !known || !p.sameIdentity(w.Identity, identity) {
+	if !known || !p.cfg.TLS.SameIdentity(p.cfg.TLS.DefaultTrustDomain, w.Identity, identity) {
 		return nil
 	}
 	return w
@@ -306,14 +305,6 @@ func (t *inboundTunnel) source(ctx context.Context, r *hbone.Request, identity s
 func (p *Proxy) fromGateway(fields []hbone.Field) bool {
 	network, ok := fieldValue(fields, fieldNetwork)
 	return ok && !strings.EqualFold(network, p.cfg.NetworkID)
-}
-
-// sameIdentity compares identities as our trust domain's aliases do (design D2).
-func (p *Proxy) sameIdentity(a, b spiffeid.ID) bool {
-	ours := func(td spiffeid.TrustDomain) bool {
-		return td == p.cfg.TLS.DefaultTrustDomain || slices.Contains(p.cfg.TLS.Aliases, td)
-	}
-	return a == b || a.Path() == b.Path() && ours(a.TrustDomain()) && ours(b.TrustDomain())
 }
 
 // missingPolicy reports a policy that the workload names and nobody has sent:

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/state"
 )
 
@@ -31,7 +32,7 @@ func newStandIn(cfg *Config) (*state.Workload, error) {
 	if td.IsZero() {
 		td = spiffeid.RequireTrustDomainFromString("cluster.local")
 	}
-	id, err := spiffeid.FromSegments(td, "ns", cfg.Local.Namespace, "sa", cfg.Local.ServiceAccount)
+	id, err := ca.NewIdentity(td, cfg.Local.Namespace, cfg.Local.ServiceAccount)
 	if err != nil {
 		return nil, fmt.Errorf("proxy: the local workload %+v has no identity: %w", cfg.Local, err)
 	}

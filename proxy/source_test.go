@@ -71,7 +71,7 @@ func TestSameIdentity(t *testing.T) {
 		{"spiffe://mesh.example/ns/a/sa/b", "spiffe://other.example/ns/a/sa/b", false},
 		{"spiffe://other.example/ns/a/sa/b", "spiffe://other.example/ns/a/sa/b", true},
 	} {
-		if got := p.sameIdentity(spiffeid.RequireFromString(tt.a), spiffeid.RequireFromString(tt.b)); got != tt.want {
+		if got := p.cfg.TLS.SameIdentity(p.cfg.TLS.DefaultTrustDomain, spiffeid.RequireFromString(tt.a), spiffeid.RequireFromString(tt.b)); got != tt.want {
 			t.Errorf("%s and %s: %v, want %v", tt.a, tt.b, got, tt.want)
 		}
 	}
