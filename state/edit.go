@@ -92,20 +92,7 @@ func (e *editor) insertWorkload(w *workload, endpoints map[NamespacedHostname][]
 	e.t.workloads[w.UID] = w
 	e.touched.workloads = append(e.touched.workloads, w.UID)
 	e.touchForeign(w.UID)
-	if w.NetworkMode != HostNetwork {
-		for _, ip := range w.IPs {
-			a := NetworkAddress{w.Network, ip}
-			e.setAddress(a, e.addresses.add(a, e.t.workloadAt(w.Network, ip), w))
-		}
-	}
-	if e.node == "" || w.Node == e.node {
-		ref := w.localRef()
-		e.setLocal(ref, e.local.add(ref, e.t.local[ref], w))
-	}
-	if w.Hostname != "" {
-		key := w.hostKey()
-		e.setNamed(key, e.named.add(key, e.t.named[key], w))
-	}
+	e.eachClaim(w, claimAdded)
 	for _, key := range w.Services {
 		p := e.pend(key)
 		ep := Endpoint{WorkloadUID: w.UID, Ports: e.pool.portList(SortPorts(endpoints[key])), Health: w.Health, workload: w}
@@ -166,11 +153,12 @@ func (e *editor) remove(name string) {
 }
 
 // claimEvent is what has happened to a workload that claims keys.
-type claimEvent bool
+type claimEvent uint8
 
 const (
-	claimDropped claimEvent = false // it is gone
-	claimJudged  claimEvent = true  // it ranks otherwise
+	claimAdded   claimEvent = iota // it has come
+	claimDropped                   // it is gone
+	claimJudged                    // it ranks otherwise
 )
 
 // eachClaim finds out who holds the keys that w claims.
@@ -192,7 +180,10 @@ func (e *editor) eachClaim(w *workload, event claimEvent) {
 }
 
 func settled[K comparable](c *claims[K, *workload], k K, holder, w *workload, event claimEvent) *workload {
-	if event == claimJudged {
+	switch event {
+	case claimAdded:
+		return c.add(k, holder, w)
+	case claimJudged:
 		return c.judge(k, holder)
 	}
 	return c.drop(k, holder, w)

@@ -172,11 +172,13 @@ func (e *editor) insertService(svc *service) {
 	changes := make([]change, 0, len(own)+len(e.t.staged[key]))
 	for _, list := range [...][]Endpoint{own, e.t.staged[key]} {
 		for _, ep := range list {
+			if !svc.keeps(ep.Health) {
+				continue
+			}
 			ep.Ports = e.pool.portList(SortPorts(ep.Ports))
-			changes = append(changes, change{ep: ep, removed: !svc.keeps(ep.Health)})
+			changes = append(changes, change{ep: ep})
 		}
 	}
-	changes = slices.DeleteFunc(changes, func(c change) bool { return c.removed })
 	svc.Endpoints, _ = e.merge(svc.Endpoints, changes, svc.keeps)
 	if _, ok := e.t.staged[key]; ok {
 		e.setStaged(key, nil)
