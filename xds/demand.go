@@ -47,7 +47,8 @@ const (
 // for it. What the server knows under other names it names canonically and keeps
 // us informed of, so what is remembered of an answered name is only that it was
 // answered, for answerTTL; the least recently used of those beyond maxDemands are
-// forgotten, and unsubscribed from unless they are canonical names of what is there. All methods are safe for concurrent use.
+// forgotten, and unsubscribed from unless they are canonical names of what is
+// there. All methods are safe for concurrent use.
 type demands struct {
 	metrics *Metrics
 	ready   chan struct{} // has a token when there is something to send

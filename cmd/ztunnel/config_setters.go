@@ -171,7 +171,6 @@ func setXDSAddress(l *loader, v value) (err error) {
 
 // setRoot tells the path of a file from PEM text by its looks, not by whether the
 // file is there: it may come later.
-
 func setRoot(field func(*Config) *RootCert) func(*loader, value) error {
 	return func(l *loader, v value) error {
 		switch {
