@@ -29,7 +29,7 @@ FUZZTIME ?= 60s
 SPIRE_VERSION = $(shell sed -n 's|.*github.com/spiffe/spire v\([^ ]*\).*|\1|p' e2e/spire/tools/go.mod)
 SPIRE_BIN     = $(CURDIR)/bin/spire-$(SPIRE_VERSION)
 
-PROTOS   = $(wildcard xds/*/*.proto)
+PROTOS   = $(wildcard xds/*/*.proto proxy/inpod/*/*.proto)
 PROTOGEN = $(GO) -C internal/tools run ./protogen -root $(CURDIR)
 
 .DEFAULT_GOAL := help
