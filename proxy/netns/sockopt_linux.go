@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"syscall"
@@ -15,96 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bound holds a TCP port without listening on it: it takes no connection, and
-// has found out whether it could. It is owned by the caller.
-type Bound struct {
-	s    *sockets
-	fd   int // -1 = closed
-	addr netip.AddrPort
-}
-
-// Bind takes the port of a later Listen, with the same errors. Connections to
-// it are refused until then.
-func (s *sockets) Bind(ctx context.Context, addr netip.AddrPort) (*Bound, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, context.Cause(ctx)
-	}
-	if !addr.Addr().IsValid() {
-		return nil, bindError(addr, errors.New("no address"))
-	}
-	b := &Bound{s: s, fd: -1, addr: s.bindAddr(addr)}
-	if err := s.inside(b.bind); err != nil {
-		return nil, bindError(b.addr, errors.Join(err, b.Close()))
-	}
-	return b, nil
-}
-
-func (b *Bound) bind() error {
-	family := unix.AF_INET
-	if b.addr.Addr().Is6() {
-		family = unix.AF_INET6
-	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-	if err != nil {
-		return os.NewSyscallError("socket", err)
-	}
-	b.fd = fd
-	// What net sets on its own for a listener, so that both get the same answer.
-	if err := setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return fmt.Errorf("set SO_REUSEADDR: %w", err)
-	}
-	if b.addr.Addr().IsUnspecified() && b.addr.Addr().Is6() {
-		if err := setInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0); err != nil {
-			return fmt.Errorf("clear IPV6_V6ONLY: %w", err)
-		}
-	}
-	if err := b.s.setListenOptions(fd, b.addr); err != nil {
-		return err
-	}
-	if err := unix.Bind(fd, sockaddr(b.addr)); err != nil {
-		return os.NewSyscallError("bind", err)
-	}
-	sa, err := unix.Getsockname(fd)
-	if err != nil {
-		return os.NewSyscallError("getsockname", err)
-	}
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		b.addr = netip.AddrPortFrom(b.addr.Addr(), uint16(sa.Port))
-	case *unix.SockaddrInet6:
-		b.addr = netip.AddrPortFrom(b.addr.Addr(), uint16(sa.Port))
-	}
-	return nil
-}
-
-// Addr is the bound address, with the port that the kernel chose for port 0.
-func (b *Bound) Addr() netip.AddrPort { return b.addr }
-
-// Listen is Network.Listen on the port that is held. It lets go of it if that
-// succeeds: sockets that reuse an address may share it while one of them
-// listens.
-func (b *Bound) Listen(ctx context.Context) (Listener, error) {
-	if b.fd < 0 {
-		return nil, bindError(b.addr, net.ErrClosed)
-	}
-	ln, err := b.s.Listen(ctx, b.addr)
-	if err != nil {
-		return nil, err
-	}
-	if err := b.Close(); err != nil {
-		return nil, errors.Join(bindError(b.addr, err), ln.Close())
-	}
-	return ln, nil
-}
-
-// Close frees the port, unless Listen has taken it over.
-func (b *Bound) Close() error {
-	if b.fd < 0 {
-		return nil
-	}
-	fd := b.fd
-	b.fd = -1
-	return os.NewSyscallError("close", unix.Close(fd))
+// streamSocket opens a TCP socket, without MPTCP, that does not block.
+func streamSocket(family int) (fd int, err error) {
+	return unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 }
 
 // listenControl runs between socket and bind.
@@ -200,7 +112,7 @@ func (s *sockets) replaceSocket(fd int, network string) error {
 	}
 	var inside int
 	err := s.inside(func() (err error) {
-		inside, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		inside, err = streamSocket(family)
 		return os.NewSyscallError("socket", err)
 	})
 	if err != nil {
@@ -329,17 +241,4 @@ func getsockopt(fd, level, name int, p unsafe.Pointer, size uintptr) error {
 		return os.NewSyscallError("getsockopt", errno)
 	}
 	return nil
-}
-
-func sockaddr(a netip.AddrPort) unix.Sockaddr {
-	if a.Addr().Is4() {
-		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}
-	}
-	sa := &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
-	if zone := a.Addr().Zone(); zone != "" {
-		if ifi, err := net.InterfaceByName(zone); err == nil {
-			sa.ZoneId = uint32(ifi.Index)
-		}
-	}
-	return sa
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"syscall"
 	"testing"
 	"time"
@@ -119,6 +120,24 @@ func TestBoundDoesNotListen(t *testing.T) {
 	}
 	if err := b.Close(); err != nil {
 		t.Errorf("Close after Listen: %v", err)
+	}
+	if !ln.(Checker).Listening() {
+		t.Error("says that it doesn't listen")
+	}
+	_ = ln.(DeadlineSetter).SetDeadline(time.Now())
+	if _, err := ln.Accept(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("got %v, want %v", err, os.ErrDeadlineExceeded)
+	}
+	// Whoever may administer the namespace destroys sockets without a word.
+	raw, err := ln.(syscall.Conn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := control(raw, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) }); err != nil {
+		t.Fatal(err)
+	}
+	if ln.(Checker).Listening() {
+		t.Error("says that it listens, shut down")
 	}
 }
 

@@ -7,11 +7,33 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // Without Linux there is neither redirection nor an original source, marks or
 // other namespaces: enough to develop with, not to capture.
+
+func streamSocket(family int) (fd int, err error) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	if fd, err = unix.Socket(family, unix.SOCK_STREAM, unix.IPPROTO_TCP); err != nil {
+		return -1, err
+	}
+	unix.CloseOnExec(fd)
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	return fd, nil
+}
+
+func (s *sockets) setListenOptions(int, netip.AddrPort) error { return nil }
+
+func setInt(fd, level, name, value int) error {
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, level, name, value))
+}
 
 func (s *sockets) listenControl(netip.AddrPort) func(string, string, syscall.RawConn) error {
 	return nil

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // tcpConn is a Conn over a socket of the kernel.
@@ -164,7 +166,11 @@ type tcpListener struct {
 	log         *slog.Logger
 }
 
-var _ Listener = (*tcpListener)(nil)
+var (
+	_ Listener       = (*tcpListener)(nil)
+	_ Checker        = (*tcpListener)(nil)
+	_ DeadlineSetter = (*tcpListener)(nil)
+)
 
 func (l *tcpListener) Accept() (Conn, error) {
 	tcp, err := l.ln.AcceptTCP()
@@ -179,9 +185,23 @@ func (l *tcpListener) Accept() (Conn, error) {
 	return c, nil
 }
 
-func (l *tcpListener) Close() error         { return l.ln.Close() }
-func (l *tcpListener) Addr() netip.AddrPort { return l.addr }
-func (l *tcpListener) Transparent() bool    { return l.transparent }
+func (l *tcpListener) Close() error                  { return l.ln.Close() }
+func (l *tcpListener) Addr() netip.AddrPort          { return l.addr }
+func (l *tcpListener) Transparent() bool             { return l.transparent }
+func (l *tcpListener) SetDeadline(t time.Time) error { return l.ln.SetDeadline(t) }
+
+// Listening implements Checker by SO_ACCEPTCONN.
+func (l *tcpListener) Listening() bool {
+	c, err := l.ln.SyscallConn()
+	if err != nil {
+		return false
+	}
+	listens := 0
+	cerr := c.Control(func(fd uintptr) {
+		listens, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	})
+	return cerr == nil && err == nil && listens != 0
+}
 
 // SyscallConn implements syscall.Conn, for those who steer a group of
 // listeners that share a port.

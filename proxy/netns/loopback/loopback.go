@@ -22,6 +22,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
@@ -109,6 +110,16 @@ var realIP = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 // Listen implements netns.Network. A port 0 becomes one that is free on the
 // machine.
 func (s side) Listen(ctx context.Context, addr netip.AddrPort) (netns.Listener, error) {
+	b, err := s.Bind(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	return b.Listen(ctx)
+}
+
+// Bind implements netns.Network. The real socket listens already, but nobody is
+// led to it.
+func (s side) Bind(ctx context.Context, addr netip.AddrPort) (netns.Bound, error) {
 	fail := func(err error) error { return fmt.Errorf("failed to bind to address %v: %w", addr, err) }
 	if err := s.check(addr); err != nil {
 		return nil, fail(err)
@@ -127,7 +138,36 @@ func (s side) Listen(ctx context.Context, addr netip.AddrPort) (netns.Listener, 
 	if !register(s.fabric, s.listeners, addr, l) {
 		return nil, errors.Join(fail(os.NewSyscallError("bind", syscall.EADDRINUSE)), ln.Close())
 	}
-	return l, nil
+	return &bound{l}, nil
+}
+
+// bound is a listener that is not open yet.
+type bound struct{ l *listener }
+
+var _ netns.Bound = (*bound)(nil)
+
+func (b *bound) Addr() netip.AddrPort { return b.l.addr }
+
+// Listen implements netns.Bound.
+func (b *bound) Listen(ctx context.Context) (netns.Listener, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	b.l.host.fabric.mu.Lock()
+	defer b.l.host.fabric.mu.Unlock()
+	if b.l.open || b.l.dials == nil {
+		return nil, fmt.Errorf("failed to bind to address %v: %w", b.l.addr, net.ErrClosed)
+	}
+	b.l.open = true
+	return b.l, nil
+}
+
+// Close implements netns.Bound.
+func (b *bound) Close() error {
+	if b.l.isOpen() || !b.l.retire() {
+		return nil
+	}
+	return b.l.ln.Close()
 }
 
 func (h *Host) check(addr netip.AddrPort) error {
@@ -237,7 +277,7 @@ func (s side) route(src netip.Addr, dst netip.AddrPort) (*listener, *flow, error
 		}
 	}
 	l, ok := lookup(to.listeners, f.local)
-	if !ok {
+	if !ok || !l.open {
 		return nil, nil, os.NewSyscallError("connect", syscall.ECONNREFUSED)
 	}
 	return l, f, nil
@@ -248,6 +288,7 @@ type listener struct {
 	ln   *net.TCPListener
 	addr netip.AddrPort
 	at   netip.AddrPort // where it really listens
+	open bool           // false as long as it is a netns.Bound
 
 	// dials are the connections that wait to be accepted, by the real address of
 	// the client; nil once the listener is closed. One whose client has closed it
@@ -284,7 +325,11 @@ func (l *listener) take(from netip.AddrPort) *flow {
 	return f
 }
 
-var _ netns.Listener = (*listener)(nil)
+var (
+	_ netns.Listener       = (*listener)(nil)
+	_ netns.Checker        = (*listener)(nil)
+	_ netns.DeadlineSetter = (*listener)(nil)
+)
 
 // Accept implements netns.Listener. Connections from other programs of the
 // machine are closed.
@@ -315,13 +360,32 @@ func (l *listener) Close() error {
 	return l.ln.Close()
 }
 
-func (l *listener) retire() {
+// retire takes the listener out of the fabric. It is false if that was done.
+func (l *listener) retire() bool {
 	l.host.fabric.mu.Lock()
 	defer l.host.fabric.mu.Unlock()
-	if l.dials != nil {
-		l.dials = nil
-		delete(l.host.listeners, unmapped(l.addr))
+	if l.dials == nil {
+		return false
 	}
+	l.dials = nil
+	delete(l.host.listeners, unmapped(l.addr))
+	return true
+}
+
+func (l *listener) isOpen() bool {
+	l.host.fabric.mu.Lock()
+	defer l.host.fabric.mu.Unlock()
+	return l.open
+}
+
+// SetDeadline implements netns.DeadlineSetter.
+func (l *listener) SetDeadline(t time.Time) error { return l.ln.SetDeadline(t) }
+
+// Listening implements netns.Checker.
+func (l *listener) Listening() bool {
+	l.host.fabric.mu.Lock()
+	defer l.host.fabric.mu.Unlock()
+	return l.open && l.dials != nil
 }
 
 func (l *listener) Addr() netip.AddrPort { return l.addr }

@@ -128,6 +128,69 @@ func TestErrors(t *testing.T) {
 	listen(t, b.Proxy(), "[::]:80")
 }
 
+// A port that is held takes no connection, and nobody else gets it (design D13).
+func TestBind(t *testing.T) {
+	f := New()
+	a, b := f.Host(ipA).Proxy(), f.Host(ipB).Proxy()
+	any80 := netip.MustParseAddrPort("[::]:80")
+	held, err := b.Bind(t.Context(), any80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if held.Addr() != any80 {
+		t.Errorf("got %v, want %v", held.Addr(), any80)
+	}
+	if _, err := a.Dial(t.Context(), netip.Addr{}, b80); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("before Listen: got %v, want %v", err, syscall.ECONNREFUSED)
+	}
+	if _, err := b.Bind(t.Context(), any80); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a second holder: got %v, want %v", err, syscall.EADDRINUSE)
+	}
+	ln, err := held.Listen(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if _, err := held.Listen(t.Context()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("second Listen: got %v, want %v", err, net.ErrClosed)
+	}
+	if err := held.Close(); err != nil {
+		t.Errorf("Close after Listen: %v", err)
+	}
+	client, err := a.Dial(t.Context(), netip.Addr{}, b80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	_ = ln.(netns.DeadlineSetter).SetDeadline(time.Now())
+	if _, err := ln.Accept(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("got %v, want %v", err, os.ErrDeadlineExceeded)
+	}
+	if !ln.(netns.Checker).Listening() {
+		t.Error("says that it doesn't listen")
+	}
+	ln.Close()
+	if ln.(netns.Checker).Listening() {
+		t.Error("says that it listens, closed")
+	}
+	again, err := b.Bind(t.Context(), any80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(again.Close(), again.Close()); err != nil {
+		t.Error(err)
+	}
+	if _, err := again.Listen(t.Context()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Listen after Close: got %v, want %v", err, net.ErrClosed)
+	}
+	listen(t, b, "[::]:80")
+}
+
 // A program of the machine that happens to connect is not let in.
 func TestStrangersAreClosed(t *testing.T) {
 	f := New()

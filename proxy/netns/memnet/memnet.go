@@ -108,29 +108,8 @@ type Host struct {
 
 var _ netns.Network = (*Host)(nil)
 
-// Listen implements netns.Network.
-func (h *Host) Listen(ctx context.Context, addr netip.AddrPort) (netns.Listener, error) {
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	h.net.mu.Lock()
-	defer h.net.mu.Unlock()
-	addr, err := h.bind(addr, func(a netip.AddrPort) bool { return h.listeners[a] != nil })
-	if err != nil {
-		return nil, err
-	}
-	l := &listener{
-		host:  h,
-		addr:  addr,
-		queue: make(chan *conn, netns.DefaultBacklog),
-		done:  make(chan struct{}),
-	}
-	h.listeners[addr] = l
-	return l, nil
-}
-
-// bind checks addr and chooses a port if it has none. The caller holds mu.
-func (h *Host) bind(addr netip.AddrPort, taken func(netip.AddrPort) bool) (netip.AddrPort, error) {
+// take checks addr and chooses a port if it has none. The caller holds mu.
+func (h *Host) take(addr netip.AddrPort, taken func(netip.AddrPort) bool) (netip.AddrPort, error) {
 	addr = netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
 	fail := func(err error) (netip.AddrPort, error) {
 		return addr, fmt.Errorf("failed to bind to address %v: %w", addr, err)
@@ -256,12 +235,7 @@ func (h *Host) route(src netip.Addr, via, dst netip.AddrPort) (client, server *c
 	case to == nil:
 		return nil, nil, nil, errNoRoute
 	}
-	for _, a := range []netip.AddrPort{via, wildcard6(via.Port()), wildcard4(via.Port())} {
-		if l = to.listeners[a]; l != nil {
-			break
-		}
-	}
-	if l == nil {
+	if l = to.listening(via); l == nil {
 		return nil, nil, nil, errRefused
 	}
 	if !src.IsValid() {
@@ -292,60 +266,3 @@ func Pipe(a, b netip.AddrPort) (netns.Conn, netns.Conn) {
 	x, y := pair(64<<10, a, b, a, b)
 	return x, y
 }
-
-// listener implements netns.Listener.
-type listener struct {
-	host  *Host
-	addr  netip.AddrPort
-	queue chan *conn
-	done  chan struct{}
-	once  sync.Once
-}
-
-var _ netns.Listener = (*listener)(nil)
-
-func (l *listener) Accept() (netns.Conn, error) {
-	select {
-	case <-l.done:
-		return nil, l.closed()
-	default:
-	}
-	select {
-	case c := <-l.queue:
-		return c, nil
-	case <-l.done:
-		return nil, l.closed()
-	}
-}
-
-func (l *listener) closed() error {
-	return &net.OpError{Op: "accept", Net: "tcp", Addr: net.TCPAddrFromAddrPort(l.addr), Err: net.ErrClosed}
-}
-
-// Close resets the connections that were not accepted, as the kernel does.
-func (l *listener) Close() error {
-	err := net.ErrClosed
-	l.once.Do(func() {
-		err = nil
-		l.host.net.mu.Lock()
-		delete(l.host.listeners, l.addr)
-		l.host.net.mu.Unlock()
-		close(l.done)
-		l.reset()
-	})
-	return err
-}
-
-func (l *listener) reset() {
-	for {
-		select {
-		case c := <-l.queue:
-			_ = c.Abort()
-		default:
-			return
-		}
-	}
-}
-
-func (l *listener) Addr() netip.AddrPort { return l.addr }
-func (l *listener) Transparent() bool    { return l.host.net.cfg.Transparent }

@@ -355,3 +355,84 @@ func TestPackets(t *testing.T) {
 		_ = server.Close()
 	})
 }
+
+// A port that is held takes no connection, and nobody else gets it (design D13).
+func TestBind(t *testing.T) {
+	n := memnet.New(memnet.Config{})
+	a, b := n.Host(ipA), n.Host(ipB)
+	held, err := b.Bind(t.Context(), any80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if held.Addr() != any80 {
+		t.Errorf("got %v, want %v", held.Addr(), any80)
+	}
+	if _, err := a.Dial(t.Context(), netip.Addr{}, b80); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("before Listen: got %v, want %v", err, syscall.ECONNREFUSED)
+	}
+	if _, err := b.Listen(t.Context(), any80); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a second holder: got %v, want %v", err, syscall.EADDRINUSE)
+	}
+	ln, err := held.Listen(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := held.Listen(t.Context()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("second Listen: got %v, want %v", err, net.ErrClosed)
+	}
+	if err := held.Close(); err != nil {
+		t.Errorf("Close after Listen: %v", err)
+	}
+	client, server := dialAccept(t, a, ln, b80)
+	defer client.Close()
+	defer server.Close()
+	if !ln.(netns.Checker).Listening() {
+		t.Error("says that it doesn't listen")
+	}
+	if err := ln.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if ln.(netns.Checker).Listening() {
+		t.Error("says that it listens, closed")
+	}
+	again, err := b.Bind(t.Context(), any80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(again.Close(), again.Close()); err != nil {
+		t.Error(err)
+	}
+	if _, err := again.Listen(t.Context()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Listen after Close: got %v, want %v", err, net.ErrClosed)
+	}
+	listen(t, b, any80).Close()
+}
+
+func TestListenerDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := memnet.New(memnet.Config{})
+		ln := listen(t, n.Host(ipB), any80)
+		until := ln.(netns.DeadlineSetter)
+		start := time.Now()
+		_ = until.SetDeadline(start.Add(time.Second))
+		go func() {
+			time.Sleep(500 * time.Millisecond)
+			_ = until.SetDeadline(start.Add(2 * time.Second)) // also for who waits already
+		}()
+		_, err := ln.Accept()
+		if after := time.Since(start); !errors.Is(err, os.ErrDeadlineExceeded) || after != 2*time.Second {
+			t.Errorf("after %v: got %v, want %v after 2s", after, err, os.ErrDeadlineExceeded)
+		}
+		if _, err := ln.Accept(); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("got %v, want %v", err, os.ErrDeadlineExceeded)
+		}
+		_ = until.SetDeadline(time.Time{})
+		client, server := dialAccept(t, n.Host(ipA), ln, b80)
+		client.Close()
+		server.Close()
+		ln.Close()
+		if err := until.SetDeadline(time.Time{}); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("closed: got %v, want %v", err, net.ErrClosed)
+		}
+	})
+}

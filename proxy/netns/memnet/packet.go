@@ -35,7 +35,7 @@ func (h *Host) ListenPacket(ctx context.Context, addr netip.AddrPort) (net.Packe
 	}
 	h.net.mu.Lock()
 	defer h.net.mu.Unlock()
-	addr, err := h.bind(addr, func(a netip.AddrPort) bool { return h.packets[a] != nil })
+	addr, err := h.take(addr, func(a netip.AddrPort) bool { return h.packets[a] != nil })
 	if err != nil {
 		return nil, err
 	}
