@@ -195,6 +195,8 @@ const (
 	rejectIdentity        = "identity"
 	rejectDestination     = "destination"
 	rejectPreface         = "preface"
+	rejectSOCKS           = "socks"
+	rejectName            = "unresolved_name"
 )
 
 // earlyDeny reports a connection that failed before it was opened: none of the

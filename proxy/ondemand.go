@@ -222,7 +222,7 @@ func pickAddr(addrs []netip.Addr, v4 bool) (picked netip.Addr, ok bool) {
 	seen, same := 0, false
 	for _, ip := range addrs {
 		ip = ip.Unmap()
-		if !ip.IsValid() || ip.IsUnspecified() || ip.IsMulticast() || ip.Zone() != "" {
+		if !connectable(ip) {
 			continue
 		}
 		is := ip.Is4() == v4
@@ -237,6 +237,13 @@ func pickAddr(addrs []netip.Addr, v4 bool) (picked netip.Addr, ok bool) {
 		}
 	}
 	return picked, seen > 0
+}
+
+// connectable tells whether somebody may be at ip. The unspecified address is
+// none: to the kernel it means our own loopback address.
+func connectable(ip netip.Addr) bool {
+	ip = ip.Unmap()
+	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsMulticast() && ip.Zone() == ""
 }
 
 // resolveError is a workload without address whose host name gave none.

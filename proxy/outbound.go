@@ -47,7 +47,17 @@ type upstream struct {
 }
 
 // serveOutbound carries one captured connection (spec/datapath.md §4).
-func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (k *copying) {
+func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) *copying {
+	return p.serveSource(ctx, conn, (*Proxy).capturedDst)
+}
+
+// destination finds out where the client of an accepted connection wants to go.
+// With an error comes the reason for the counter, and the address that the log
+// names in its place.
+type destination func(*Proxy, context.Context, netns.Conn) (dst netip.AddrPort, why string, err error)
+
+// serveSource carries one connection of the pod to where wanted says.
+func (p *Proxy) serveSource(ctx context.Context, conn netns.Conn, wanted destination) (k *copying) {
 	stack.Reserve()
 	start := time.Now()
 	open := p.cfg.Metrics.sockets.WithLabelValues(reporterSource)
@@ -57,9 +67,14 @@ func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (k *copying)
 			open.Dec()
 		}
 	}()
-	src, dst := conn.Remote(), p.originalDst(ctx, conn)
+	src := conn.Remote()
 	connecting, connected := watchReset(ctx, conn)
-	local, route, why, err := p.routeOutbound(connecting, conn, dst)
+	var local *state.Workload
+	var route state.Route
+	dst, why, err := wanted(p, connecting, conn)
+	if err == nil {
+		local, route, why, err = p.routeOutbound(connecting, conn, dst)
+	}
 	if err != nil {
 		connected()
 		p.earlyDeny(ctx, reporterSource, why, src, dst, err)
@@ -85,6 +100,11 @@ func (p *Proxy) serveOutbound(ctx context.Context, conn netns.Conn) (k *copying)
 		meter: hbone.Meter{FromSocket: c.receivedBytes(), ToSocket: c.sentBytes()},
 		done:  func() { untrack(); open.Dec() },
 	}
+}
+
+// capturedDst is where the client of a captured connection wanted to go.
+func (p *Proxy) capturedDst(ctx context.Context, conn netns.Conn) (netip.AddrPort, string, error) {
+	return p.originalDst(ctx, conn), "", nil
 }
 
 // originalDst is where the client wanted to go.

@@ -93,6 +93,7 @@ type Proxy struct {
 	handshakes *handshakes
 	lookUps    *lookUps
 	standIn    standIn
+	names      nameResolver // of SOCKS5 requests; nil: without DNS
 
 	identity leaseHolder
 	epoch    atomic.Pointer[ca.Epoch] // of the SVID that outbound tunnels use
