@@ -62,6 +62,7 @@ type conn struct {
 	timer       *time.Timer // ping
 	idle        *time.Timer
 	expire      *time.Timer
+	young       *time.Timer // drains it if it has not had its first stream by then
 
 	peerFrame atomic.Int64
 }
@@ -201,6 +202,23 @@ func (c *conn) drain() {
 	c.closeIfDone()
 }
 
+// firstStreamWait is how long a server's tunnel without any stream so far waits
+// for the first before it drains: the client has just made it for that.
+const firstStreamWait = time.Second
+
+// drainYoung is drain, but later for a tunnel that has had no stream.
+func (c *conn) drainYoung() {
+	c.mu.Lock()
+	young := c.lastID == 0 && c.err == nil
+	if young && c.young == nil {
+		c.young = time.AfterFunc(firstStreamWait, c.drain)
+	}
+	c.mu.Unlock()
+	if !young {
+		c.drain()
+	}
+}
+
 // terminate resets every stream with CANCEL, which is no clean end for the
 // applications, and closes the tunnel.
 func (c *conn) terminate(cause error) {
@@ -265,7 +283,7 @@ func (c *conn) fail(err *ConnError, how ending) {
 	c.w.mu.Unlock()
 	c.waiters = nil
 	last := c.lastID
-	for _, t := range []*time.Timer{c.timer, c.idle, c.expire} {
+	for _, t := range []*time.Timer{c.timer, c.idle, c.expire, c.young} {
 		if t != nil {
 			t.Stop()
 		}

@@ -13,7 +13,8 @@ import (
 
 // lifecycle is a server and a pool whose handshakes tell of their tunnels.
 type lifecycle struct {
-	pool *Pool[string]
+	pool   *Pool[string]
+	server *Server
 
 	mu         sync.Mutex
 	up         map[string][]*ConnInfo // by "client" and "server"
@@ -26,7 +27,7 @@ func newLifecycle(t *testing.T, atOnce func(*ConnInfo)) *lifecycle {
 	t.Helper()
 	l := &lifecycle{up: map[string][]*ConnInfo{}, ended: map[string]int{}, atOnce: atOnce}
 	client, server := tlsPair(t)
-	srv := NewServer(Config{PingInterval: -1})
+	l.server = NewServer(Config{PingInterval: -1})
 	track := func(who string, conf *tls.Config) Handshake {
 		return Handshake{TLS: conf, Established: func(info *ConnInfo) func() {
 			l.mu.Lock()
@@ -45,7 +46,7 @@ func newLifecycle(t *testing.T, atOnce func(*ConnInfo)) *lifecycle {
 	l.pool = NewPool(PoolConfig[string]{Config: Config{PingInterval: -1}, Dial: func(context.Context, string) (net.Conn, Handshake, error) {
 		c, s := net.Pipe()
 		l.serveCalls.Go(func() {
-			_ = srv.ServeConn(context.Background(), s, func(context.Context) (Handshake, error) { return track("server", server), nil }, echoHandler)
+			_ = l.server.ServeConn(context.Background(), s, func(context.Context) (Handshake, error) { return track("server", server), nil }, echoHandler)
 		})
 		return c, track("client", client), nil
 	}})

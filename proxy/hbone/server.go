@@ -151,20 +151,28 @@ func NewServer(cfg Config) *Server {
 	return &Server{cfg: cfg.withDefaults(), conns: make(map[*conn]struct{})}
 }
 
+// GoAway lets every tunnel that is there end as Drain does; those to come are
+// served. It does not block and may be called again.
+func (s *Server) GoAway() { s.drain(false) }
+
 // Drain lets every tunnel, present and future, end: GOAWAY with the highest id, a
-// PING round trip, GOAWAY with the last id. Streams run to their end; requests
-// that cross the first GOAWAY are served, later ones get REFUSED_STREAM. Drain
-// does not block and may be called again.
-func (s *Server) Drain() {
+// PING round trip, GOAWAY with the last id (RFC 9113 §6.8). Streams run to their
+// end; requests that cross the first GOAWAY are served, later ones get
+// REFUSED_STREAM. A tunnel that has had no stream yet has a second for its first:
+// there are clients that take a GOAWAY before for a failure. Drain does not block
+// and may be called again.
+func (s *Server) Drain() { s.drain(true) }
+
+func (s *Server) drain(future bool) {
 	s.mu.Lock()
-	s.draining = true
+	s.draining = s.draining || future
 	conns := make([]*conn, 0, len(s.conns))
 	for c := range s.conns {
 		conns = append(conns, c)
 	}
 	s.mu.Unlock()
 	for _, c := range conns {
-		c.drain()
+		c.drainYoung()
 	}
 }
 
@@ -213,7 +221,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn, source TLSSource, h
 	c.idleAfter(s.cfg.IdleTimeout)
 	c.expireAt()
 	if late {
-		c.drain()
+		c.drainYoung()
 	}
 	c.readLoop()
 	c.finish()
