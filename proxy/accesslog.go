@@ -187,6 +187,7 @@ func (b bare) String() string { return string(b) }
 const (
 	rejectSelfCall        = "self_call"
 	rejectUnknownWorkload = "unknown_workload"
+	rejectUnverified      = "unverified_workload"
 	rejectRoute           = "no_route"
 	rejectTLS             = "tls"
 	rejectCertificate     = "certificate"
@@ -198,6 +199,15 @@ const (
 	rejectSOCKS           = "socks"
 	rejectName            = "unresolved_name"
 )
+
+// rejectLocal is the value for an error of localWorkload or outboundWorkload.
+func rejectLocal(err error) string {
+	var foreign *unverifiedError
+	if errors.As(err, &foreign) {
+		return rejectUnverified
+	}
+	return rejectUnknownWorkload
+}
 
 // earlyDeny reports a connection that failed before it was opened: none of the
 // traffic counters, one count of its own, one line (spec/datapath.md §15.2).

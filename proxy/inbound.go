@@ -44,8 +44,11 @@ func (p *Proxy) serveInbound(ctx context.Context, conn netns.Conn) *copying {
 		tlsErr   *hbone.HandshakeError
 		preface  *hbone.PrefaceError
 		identity *identityError
+		foreign  *unverifiedError
 	)
 	switch {
+	case errors.As(err, &foreign):
+		p.earlyDeny(ctx, reporterDestination, rejectUnverified, t.src, t.dst, foreign)
 	case errors.As(err, &identity):
 		p.earlyDeny(ctx, reporterDestination, rejectCertificate, t.src, t.dst, fmt.Errorf("signing error: %w", identity.err))
 	case errors.As(err, &tlsErr):
@@ -144,7 +147,7 @@ func (t *inboundTunnel) check(ctx context.Context, r *hbone.Request) (inboundReq
 	}
 	local, err := p.localWorkload(ctx)
 	if err != nil {
-		return inboundRequest{}, &refusal{http.StatusServiceUnavailable, rejectUnknownWorkload, err}
+		return inboundRequest{}, &refusal{http.StatusServiceUnavailable, rejectLocal(err), err}
 	}
 	host := forwardedHost(r.Fields)
 	route, err := p.inboundRoute(ctx, state.InboundQuery{
@@ -206,7 +209,7 @@ func (t *inboundTunnel) bind(route state.InboundRoute) (src netip.Addr, dst neti
 	case route.Proxy && t.p.cfg.LocalhostAppTunnel:
 		local := loopbackOf(route.Upstream.Addr())
 		return local, netip.AddrPortFrom(local, route.Upstream.Port())
-	case t.p.inbound.Transparent():
+	case t.p.inbound.transparent:
 		return t.src.Addr(), route.Upstream
 	}
 	return netip.Addr{}, route.Upstream

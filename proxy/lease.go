@@ -65,6 +65,27 @@ func (h *leaseHolder) release() {
 	h.lease, h.id = nil, spiffeid.ID{}
 }
 
+// followLease acquires the certificate of a workload that the store knows before
+// the first connection asks for it, and with Prefetch already that of the
+// stand-in. One that is not captured gets none unasked (spec/state-xds-dns.md
+// §4.2).
+func (p *Proxy) followLease(seen *watched, local *state.Workload, known bool) {
+	switch {
+	case known:
+		if local != seen.local && !captured(local) {
+			p.identity.release() // it was captured, or we did not know better
+		} else if captured(local) {
+			// The error is that the store has another one by now: it has changed, too.
+			_, _ = p.identity.leaseFor(local, p.cfg.PodUID)
+		}
+	case p.cfg.Prefetch && seen.local == nil:
+		_, _ = p.identity.leaseFor(p.standIn.workload, p.cfg.PodUID)
+	}
+}
+
+// captured tells whether a workload speaks HBONE.
+func captured(w *state.Workload) bool { return w.NativeTunnel || w.Protocol == state.HBONE }
+
 // svid is the certificate with which we act for w.
 func (p *Proxy) svid(ctx context.Context, w *state.Workload) (*ca.SVID, error) {
 	lease, err := p.identity.leaseFor(w, p.cfg.PodUID)

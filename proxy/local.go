@@ -44,19 +44,33 @@ func newStandIn(cfg *Config) (*state.Workload, error) {
 }
 
 // localWorkload is the workload for which we stand in; the store may need a
-// moment to learn of it.
+// moment to learn of it. It is an *unverifiedError if it is not the pod's.
 func (p *Proxy) localWorkload(ctx context.Context) (*state.Workload, error) {
-	if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
-		return w, nil
+	w, ok := p.cfg.Store.Local(p.cfg.Local)
+	if !ok {
+		var err error
+		if w, err = p.awaitLocal(ctx, p.cfg.WorkloadWait); err != nil {
+			return nil, err
+		}
 	}
-	return p.awaitLocal(ctx, p.cfg.WorkloadWait)
+	return w, p.verifier.verify(ctx, w)
 }
 
 // outboundWorkload is localWorkload for outbound connections, which go on as the
-// stand-in when the wait is over (decision D22). Nothing is left of it once the
-// store knows the workload: new connections are that workload's, and if its
-// identity is another one, watchTrust retires the tunnels.
+// stand-in when the wait is over.
 func (p *Proxy) outboundWorkload(ctx context.Context) (*state.Workload, error) {
+	w, err := p.knownOrStandIn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return w, p.verifier.verify(ctx, w)
+}
+
+// knownOrStandIn is the local workload, or its stand-in if the store does not
+// learn of it in time (decision D22). Nothing is left of that once the store knows
+// the workload: new connections are that workload's, and if its identity is
+// another one, followTrust retires the tunnels.
+func (p *Proxy) knownOrStandIn(ctx context.Context) (*state.Workload, error) {
 	w, ok := p.cfg.Store.Local(p.cfg.Local)
 	switch {
 	case ok:

@@ -125,7 +125,7 @@ func (p *Proxy) routeOutbound(ctx context.Context, conn netns.Conn, dst netip.Ad
 	}
 	local, err := p.outboundWorkload(ctx)
 	if err != nil {
-		return nil, state.Route{}, rejectUnknownWorkload, err
+		return nil, state.Route{}, rejectLocal(err), err
 	}
 	// The stand-in of a workload has no addresses, but its connections come from one.
 	if p.illegalPort(dst.Port()) && (dst.Addr() == conn.Remote().Addr() || slices.Contains(local.IPs, dst.Addr())) {
@@ -291,6 +291,7 @@ func hostOf(route *state.Route) string {
 func openFailed(ctx context.Context, err error, inner bool) error {
 	var (
 		workload *unknownWorkloadError
+		foreign  *unverifiedError
 		identity *identityError
 		dial     *dialError
 		config   *tlsConfigError
@@ -299,7 +300,7 @@ func openFailed(ctx context.Context, err error, inner bool) error {
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case errors.As(err, &workload), errors.As(err, &identity), errors.As(err, &dial), errors.As(err, &config), errors.As(err, &open):
+	case errors.As(err, &workload), errors.As(err, &foreign), errors.As(err, &identity), errors.As(err, &dial), errors.As(err, &config), errors.As(err, &open):
 		return err
 	}
 	return &openError{inner: inner, err: err}

@@ -34,7 +34,7 @@ func (p *Proxy) servePassthrough(ctx context.Context, conn netns.Conn) (k *copyi
 	}
 	local, err := p.localWorkload(ctx)
 	if err != nil {
-		deny(rejectUnknownWorkload, err)
+		deny(rejectLocal(err), err)
 		return nil
 	}
 	c := p.passthroughConnection(ctx, src, dst, local)
@@ -67,7 +67,7 @@ func (p *Proxy) connectPlain(ctx context.Context, rbac state.Conn) (netns.Conn, 
 		return nil, denied
 	}
 	src := netip.Addr{}
-	if p.passthrough.Transparent() {
+	if p.passthrough.transparent {
 		src = rbac.Src.Addr()
 	}
 	conn, err := p.cfg.Network.Dial(ctx, src, rbac.Dst)

@@ -6,25 +6,21 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"runtime"
-	"runtime/debug"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/ztunnel-go/ztunnel/ca"
-	"github.com/ztunnel-go/ztunnel/internal/backoff"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
 )
 
 // Config is what a Proxy needs. Network, Store, Certs, Local and Metrics are
-// required; the listeners need their addresses; the rest has defaults.
+// required, and something to serve; the rest has defaults.
 type Config struct {
 	Network netns.Network // where all its sockets are
 	Store   *state.Store
@@ -35,10 +31,15 @@ type Config struct {
 	PodUID  string    // of that pod, "" when there is none but the one of Local
 	PIDFD   *os.File  // of a process of that pod, for providers that name workloads so; nil: none. It stays the caller's
 
-	// The listeners' addresses: captured outbound, HBONE, captured inbound plaintext.
+	// The listeners' addresses: captured outbound, HBONE, captured inbound
+	// plaintext. An invalid address, here and below, means that there is no such
+	// listener.
 	OutboundAddr, InboundAddr, PassthroughAddr netip.AddrPort
+	// SOCKSAddr is the address of the SOCKS5 listener (spec/datapath.md §8): a
+	// loopback one, for it takes no other clients.
+	SOCKSAddr netip.AddrPort
 	// IllegalPorts are never dialled on behalf of anyone, as are those of the
-	// three listeners (spec/datapath.md §3.5).
+	// listeners (spec/datapath.md §3.5).
 	IllegalPorts []uint16
 	NetworkID    string // the network of this node
 	// NodeName and ClusterID are those of this node, for a Local that the store
@@ -72,18 +73,31 @@ type Config struct {
 	Resolve        func(ctx context.Context, host string) ([]netip.Addr, error)
 	ResolveTimeout time.Duration // 0: 10 s
 
+	// Verify is asked before anything is done in the name of the local workload,
+	// except naming it to the pod's own DNS queries (decision D13): an error
+	// refuses the connection. A nil answer holds for that object of the store, an
+	// error for a second. It is not asked about a workload without addresses, nor
+	// twice at a time. Nil: every workload is believed.
+	Verify func(context.Context, *state.Workload) error
+	// Prefetch acquires the certificate when Run begins, if need be before the
+	// store knows the local workload.
+	Prefetch bool
+	// HandOver is how long Drain waits, accepting, for another process to listen
+	// on the port of InboundAddr (decision D14: there the next proxy starts only
+	// when this one has been told to stop). 0: it does not wait.
+	HandOver time.Duration
+
 	Metrics *Metrics
 	Log     *slog.Logger // nil: discard
 }
 
-// Proxy serves one pod. Its methods are safe for concurrent use.
+// Proxy serves one pod. Bind, Listen and Run are called one after the other, the
+// rest at any time.
 type Proxy struct {
 	cfg    Config
 	log    *slog.Logger // lifecycle
 	access *slog.Logger
 	rbac   *slog.Logger
-
-	outbound, inbound, passthrough netns.Listener
 
 	server     *hbone.Server
 	pool       *hbone.Pool[poolKey]
@@ -94,23 +108,29 @@ type Proxy struct {
 	lookUps    *lookUps
 	standIn    standIn
 	names      nameResolver // of SOCKS5 requests; nil: without DNS
+	verifier   verifier
 
 	identity leaseHolder
 	epoch    atomic.Pointer[ca.Epoch] // of the SVID that outbound tunnels use
 	facts    atomic.Pointer[localFacts]
 	missing  sync.Map // policy names that were reported as missing, since the local workload last changed
 
-	mu      sync.Mutex // guards drained, and the listeners against Listen during Drain
+	entries     []*entry      // those that are configured, in the order in which they are bound
+	inbound     *entry        // one of them, nil if there is none
+	passthrough *entry        // likewise
+	draining    chan struct{} // closed by Drain
+
+	mu      sync.Mutex // guards what follows, and what an entry holds
 	drained bool
+	running bool
 }
 
-// New checks cfg. It opens and starts nothing: Listen binds, Run serves.
+// New checks cfg. It opens and starts nothing: Bind and Listen open the sockets,
+// Run serves them.
 func New(cfg Config) (*Proxy, error) {
 	switch {
 	case cfg.Network == nil, cfg.Store == nil, cfg.Certs == nil, cfg.Metrics == nil:
 		return nil, errors.New("proxy: Network, Store, Certs and Metrics are required")
-	case !cfg.OutboundAddr.IsValid() || !cfg.InboundAddr.IsValid() || !cfg.PassthroughAddr.IsValid():
-		return nil, errors.New("proxy: the addresses of the three listeners are required")
 	case cfg.Local.Name == "" || cfg.Local.Namespace == "" || cfg.Local.ServiceAccount == "":
 		return nil, fmt.Errorf("proxy: the local workload %+v needs a name, a namespace and a service account", cfg.Local)
 	}
@@ -123,13 +143,6 @@ func New(cfg Config) (*Proxy, error) {
 	cfg.WorkloadWait = cmp.Or(cfg.WorkloadWait, 5*time.Second)
 	cfg.CertificateWait = cmp.Or(cfg.CertificateWait, 10*time.Second)
 	cfg.MaxHandshakes = cmp.Or(cfg.MaxHandshakes, 64*runtime.GOMAXPROCS(0))
-	cfg.IllegalPorts = slices.Clone(cfg.IllegalPorts)
-	for _, addr := range []netip.AddrPort{cfg.OutboundAddr, cfg.InboundAddr, cfg.PassthroughAddr} {
-		if !slices.Contains(cfg.IllegalPorts, addr.Port()) {
-			cfg.IllegalPorts = append(cfg.IllegalPorts, addr.Port())
-		}
-	}
-
 	local, err := newStandIn(&cfg)
 	if err != nil {
 		return nil, err
@@ -143,6 +156,11 @@ func New(cfg Config) (*Proxy, error) {
 		tracker:    newConntrack(),
 		handshakes: newHandshakes(cfg.MaxHandshakes),
 		lookUps:    newLookUps(),
+		verifier:   verifier{ask: cfg.Verify, turn: make(chan struct{}, 1)},
+		draining:   make(chan struct{}),
+	}
+	if p.setEntries(); len(p.entries) == 0 {
+		return nil, errors.New("proxy: there is nothing to serve: no listener has an address")
 	}
 	p.standIn.workload = local
 	p.identity.cfg, p.identity.standIn = &p.cfg, local
@@ -158,73 +176,37 @@ func New(cfg Config) (*Proxy, error) {
 	return p, nil
 }
 
-// Listen binds the three listeners, all or none (spec/datapath.md §2.1). They
-// accept into the kernel's queue until Run serves them. After Drain it is an
-// error.
-func (p *Proxy) Listen(ctx context.Context) (err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.drained {
-		return ErrDraining
-	}
-	defer func() {
-		if err != nil {
-			p.closeListeners()
-		}
-	}()
-	for _, l := range []struct {
-		component string
-		addr      netip.AddrPort
-		to        *netns.Listener
-	}{
-		{"inbound", p.cfg.InboundAddr, &p.inbound},
-		{"inbound plaintext", p.cfg.PassthroughAddr, &p.passthrough},
-		{"outbound", p.cfg.OutboundAddr, &p.outbound},
-	} {
-		if *l.to, err = p.cfg.Network.Listen(ctx, l.addr); err != nil {
-			return fmt.Errorf("%s listener: %w", l.component, err)
-		}
-		p.log.InfoContext(ctx, "listener established", "address", (*l.to).Addr(),
-			"component", l.component, "transparent", (*l.to).Transparent())
-	}
-	return nil
-}
-
-// closeListeners closes what is open. The caller holds p.mu.
-func (p *Proxy) closeListeners() {
-	for _, l := range []netns.Listener{p.inbound, p.passthrough, p.outbound} {
-		if l != nil {
-			l.Close()
-		}
-	}
-}
-
-// InboundAddr is where the HBONE listener is bound. Call it after Listen.
-func (p *Proxy) InboundAddr() netip.AddrPort { return p.inbound.Addr() }
-
 // Connections is a snapshot for the dump.
 func (p *Proxy) Connections() Connections { return p.tracker.snapshot() }
 
-// Run serves what Listen bound. It returns when the last connection has ended
+// Run serves what Listen opened. It returns when the last connection has ended
 // after Drain, or, with every connection cut, when ctx ends: their log lines
-// then carry the cause of ctx. It may be called once, after Listen.
+// then carry the cause of ctx. Whatever it returns, nothing is open any more. It
+// may be called once.
 func (p *Proxy) Run(ctx context.Context) error {
-	if p.outbound == nil || p.inbound == nil || p.passthrough == nil {
-		return errors.New("proxy: Run without Listen")
+	listening, err := p.begin()
+	if err != nil || len(listening) == 0 {
+		return err
 	}
-	watchCtx, stopWatch := context.WithCancel(ctx)
-	var watchers sync.WaitGroup
-	watchers.Go(func() { p.watchState(watchCtx) })
-	watchers.Go(func() { p.watchTrust(watchCtx) })
+	live, over := context.WithCancel(ctx) // until the last part has ended
+	defer over()
+	var parts sync.WaitGroup
+	var left atomic.Int64
+	left.Store(int64(len(listening)))
+	for _, l := range listening {
+		parts.Go(func() {
+			p.acceptLoop(ctx, l)
+			if left.Add(-1) == 0 {
+				over()
+			}
+		})
+	}
+	p.watch(live, parts.Go)
+	parts.Wait()
 
-	var loops sync.WaitGroup
-	loops.Go(func() { p.acceptLoop(ctx, p.outbound, "outbound", p.serveOutbound) })
-	loops.Go(func() { p.acceptLoop(ctx, p.inbound, "inbound", p.serveInbound) })
-	loops.Go(func() { p.acceptLoop(ctx, p.passthrough, "inbound plaintext", p.servePassthrough) })
-	loops.Wait()
-
-	stopWatch()
-	watchers.Wait()
+	p.mu.Lock()
+	p.close() // ctx has ended, and the listeners are closed; now they are forgotten, too
+	p.mu.Unlock()
 	p.inner.Close() // its sessions are streams of the other
 	p.pool.Close()
 	p.identity.release()
@@ -232,144 +214,20 @@ func (p *Proxy) Run(ctx context.Context) error {
 	return nil
 }
 
-// Drain stops accepting and tells the peers by GOAWAY; connections that are
-// open go on. Run returns when the last has ended. Idempotent, does not block.
-func (p *Proxy) Drain() {
+// begin takes over the listeners. There are none after Drain.
+func (p *Proxy) begin() ([]opened, error) {
+	open := p.listening()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.drained {
-		return
+	switch {
+	case p.running:
+		return nil, errors.New("proxy: Run was called before")
+	case p.drained:
+		open = nil
+	case len(open) == 0:
+		p.close()
+		return nil, errors.New("proxy: Run without Listen")
 	}
-	p.drained = true
-	p.closeListeners()
-	p.server.Drain()
+	p.running = true
+	return open, nil
 }
-
-// server serves one accepted connection. What it returns, if anything, is the
-// lasting part of it.
-type server func(context.Context, netns.Conn) *copying
-
-// acceptLoop owns the connections that it accepts: it returns when the listener
-// is closed and all of them have ended.
-func (p *Proxy) acceptLoop(ctx context.Context, ln netns.Listener, name string, serve server) {
-	var conns sync.WaitGroup
-	defer conns.Wait()
-	defer context.AfterFunc(ctx, func() { ln.Close() })()
-	// An accept error is nearly always a lack of file descriptors: without a
-	// pause the loop would burn the processor that could free some.
-	retry := backoff.Policy{First: 5 * time.Millisecond, Max: time.Second, Budget: -1}.New()
-	for {
-		conn, err := ln.Accept()
-		switch {
-		case errors.Is(err, net.ErrClosed):
-			return
-		case err != nil:
-			p.log.ErrorContext(ctx, "accept failed", "listener", name, "error", err.Error())
-			if !backoff.Sleep(ctx, retry.Next(time.Now())) {
-				return
-			}
-			continue
-		}
-		retry.Reset()
-		conns.Go(func() {
-			if k := p.serveRecovered(ctx, conn, name, serve); k != nil {
-				conns.Go(k.run)
-			}
-		})
-	}
-}
-
-// serveRecovered keeps a panic within its connection (design D21).
-func (p *Proxy) serveRecovered(ctx context.Context, conn netns.Conn, name string, serve server) *copying {
-	defer func() {
-		if r := recover(); r != nil {
-			p.panicked(ctx, name, r)
-			_ = conn.Abort()
-		}
-	}()
-	return serve(ctx, conn)
-}
-
-func (p *Proxy) panicked(ctx context.Context, where string, value any) {
-	p.cfg.Metrics.panics.Inc()
-	p.log.ErrorContext(ctx, "connection handler panicked", "listener", where,
-		"panic", fmt.Sprint(value), "stack", string(debug.Stack()))
-}
-
-// watchState follows the store: it re-checks the open connections against the
-// policies, and lets tunnels end whose workload has moved.
-func (p *Proxy) watchState(ctx context.Context) {
-	var local *state.Workload
-	var policies <-chan struct{} // nil: they have changed since the last look
-	for {
-		// The channels before the look, so that no change is lost.
-		changed, policiesChanged := p.cfg.Store.Changed(), p.cfg.Store.PoliciesChanged()
-		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok && w != local {
-			local, policies = w, nil // its policy list may be another one
-			p.missing.Clear()
-		}
-		if policies == nil || isClosed(policies) {
-			policies = policiesChanged
-			p.recheckPolicies(ctx)
-		}
-		p.retireMoved()
-		select {
-		case <-changed:
-		case <-policiesChanged:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-// never is not closed by anyone.
-var never <-chan struct{}
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
-	}
-}
-
-// releaseWait bounds the wait for connections that a policy change has ended: a
-// stuck one must not keep later changes from being enforced.
-const releaseWait = 5 * time.Second
-
-// recheckPolicies ends the inbound connections that the policies deny now
-// (spec/datapath.md §12.2). It judges them with the workload as the store has
-// it now, so that a new policy list counts too.
-func (p *Proxy) recheckPolicies(ctx context.Context) {
-	ended, wait := p.tracker.recheck(func(c state.Conn) bool {
-		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
-			c.Destination = w
-		}
-		return p.cfg.Store.Authorize(c).Denied != nil
-	})
-	bounded, cancel := context.WithTimeout(ctx, releaseWait)
-	defer cancel()
-	wait(bounded)
-	for _, c := range ended {
-		p.log.InfoContext(ctx, "connection closed by a policy change",
-			"connection", fmt.Sprintf("%s(%s)->%s (%s)", c.Src, c.Identity, c.Dst, c.Destination.UID))
-	}
-}
-
-// retireMoved lets tunnels end whose workload is no longer at their address:
-// its IP may belong to another pod now (design D9).
-func (p *Proxy) retireMoved() {
-	moved := func(k poolKey) bool {
-		if k.uid == "" {
-			return false
-		}
-		w, ok := p.cfg.Store.WorkloadByUID(k.uid)
-		// One without address was found by its host name, whose addresses change as they like.
-		return !ok || len(w.IPs) > 0 && !slices.Contains(w.IPs, k.dst.Addr())
-	}
-	p.inner.Retire(func(k innerKey, _ *hbone.ConnInfo) bool { return moved(k.outer) }, errMoved)
-	p.pool.Retire(func(k poolKey, _ *hbone.ConnInfo) bool { return moved(k) }, errMoved)
-}
-
-var errMoved = errors.New("the workload has moved")

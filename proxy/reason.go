@@ -31,6 +31,7 @@ func reason(err error) (text, flag string) {
 	var (
 		denied   *state.Denied
 		identity *identityError
+		foreign  *unverifiedError
 		dial     *dialError
 		open     *openError
 		config   *tlsConfigError
@@ -57,6 +58,8 @@ func reason(err error) (text, flag string) {
 		return text, flagRevoked
 	case errors.As(err, &identity):
 		return identity.Error(), flagIdentity
+	case errors.As(err, &foreign):
+		return foreign.Error(), flagIdentity
 	case errors.As(err, &config):
 		return config.Error(), flagTLS
 	case errors.As(err, &dial):

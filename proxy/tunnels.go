@@ -123,33 +123,18 @@ func (p *Proxy) trust() trust {
 	return now
 }
 
-// watchTrust follows our certificate and the revocation lists, and judges the
-// tunnels by them. It fetches the certificate before the first connection asks
-// for it.
-func (p *Proxy) watchTrust(ctx context.Context) {
-	var judged trust
-	for {
-		// The channels before the look, so that no change is lost.
-		changed, revoked, renewed := p.cfg.Store.Changed(), p.cfg.CRLs.Changed(), never
-		if w, ok := p.cfg.Store.Local(p.cfg.Local); ok {
-			// The error is that the store has another one by now: it has changed, too.
-			_, _ = p.identity.leaseFor(w, p.cfg.PodUID)
-		}
-		if lease := p.identity.current(); lease != nil { // also of a workload that the store has lost
-			renewed = lease.Changed()
-		}
-		if now := p.trust(); !now.same(judged) {
-			judged = now
-			p.judgeTunnels(ctx, now)
-		}
-		select {
-		case <-changed:
-		case <-revoked:
-		case <-renewed:
-		case <-ctx.Done():
-			return
-		}
+// followTrust judges the tunnels by what has changed since the last look. It
+// returns what is closed when our certificate changes.
+func (p *Proxy) followTrust(ctx context.Context, w *watched) (renewed <-chan struct{}) {
+	renewed = never
+	if lease := p.identity.current(); lease != nil { // also of a workload that the store has lost
+		renewed = lease.Changed()
 	}
+	if now := p.trust(); !now.same(w.judged) {
+		w.judged = now
+		p.judgeTunnels(ctx, now)
+	}
+	return renewed
 }
 
 // judgeTunnels ends the tunnels that may not go on and lets those end whose

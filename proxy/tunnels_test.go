@@ -44,7 +44,7 @@ func newRegistry(t testing.TB) *registry {
 	p := &Proxy{log: slog.New(slog.DiscardHandler), cfg: Config{
 		CRLs: r.crls, TLS: ca.TLSOptions{Revoked: r.crls.Check}, Metrics: NewMetrics(reg, MetricsConfig{}), Store: state.New(state.Config{}),
 	}}
-	p.identity.cfg = &p.cfg
+	p.identity.cfg, p.tracker = &p.cfg, newConntrack()
 	p.pool, p.inner = hbone.NewPool(hbone.PoolConfig[poolKey]{}), hbone.NewPool(hbone.PoolConfig[innerKey]{})
 	running, _ := t.(*testing.T) // benchmarks read no metrics
 	r.node = &node{m: &mesh{t: running}, w: &state.Workload{Name: "registry"}, proxy: p, registry: reg}
@@ -173,7 +173,7 @@ func TestID_CR07_ReloadEndsTunnels(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go func() { _ = r.crls.Run(ctx) }()
-		go r.proxy.watchTrust(ctx)
+		go r.proxy.watch(ctx, func(f func()) { f() })
 		time.Sleep(time.Minute)
 		if err := os.WriteFile(r.path, r.root.CRL(t, 1, chain[:1]), 0o600); err != nil {
 			t.Fatal(err)

@@ -1,0 +1,147 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
+)
+
+// How the queues are emptied before the listeners close (decision D14).
+const (
+	drainTick  = 100 * time.Millisecond // between two looks
+	drainQuiet = time.Second            // nothing came for so long: the queues are empty
+	drainMost  = 3 * time.Second        // though connections keep coming
+	drainAlone = 500 * time.Millisecond // though nobody else takes them
+
+	handOverTick = 200 * time.Millisecond // between two looks for another process
+)
+
+// Drain lets the proxy end without losing a connection: Run steers new ones to
+// another process that listens on the same ports, if there is any, serves what is
+// in the queues, closes the listeners, tells the peers by GOAWAY, and returns
+// when the last connection has ended. Before Run there is nobody to serve a
+// queue: what Bind and Listen opened is closed at once. Idempotent, does not
+// block.
+func (p *Proxy) Drain() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.drained {
+		return
+	}
+	p.drained = true
+	close(p.draining)
+	if !p.running {
+		p.close()
+	}
+}
+
+// drain is the part of Drain that takes time. Tunnels that are there are told to
+// end as soon as there is somewhere to go, those that come meanwhile when the
+// listeners are closed.
+func (p *Proxy) drain(ctx context.Context) {
+	p.awaitHeir(ctx)
+	p.server.GoAway()
+	p.serveQueues(ctx)
+	p.mu.Lock()
+	p.close()
+	p.mu.Unlock()
+	p.server.Drain()
+}
+
+// awaitHeir waits for another process to listen on the HBONE port.
+func (p *Proxy) awaitHeir(ctx context.Context) {
+	if p.cfg.HandOver <= 0 {
+		return
+	}
+	var others func() (int, error)
+	for _, o := range p.listening() {
+		if l, ok := o.ln.(netns.Yielder); ok && o.entry == p.inbound {
+			others = l.Others
+		}
+	}
+	if others == nil {
+		return
+	}
+	late := time.NewTimer(p.cfg.HandOver)
+	defer late.Stop()
+	tick := time.NewTicker(handOverTick)
+	defer tick.Stop()
+	for {
+		n, err := others()
+		if err != nil {
+			p.log.WarnContext(ctx, "cannot look for the next proxy on our port: new connections may fail until it listens",
+				"address", p.cfg.InboundAddr, "error", err.Error())
+			return
+		}
+		if n > 0 {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-late.C:
+			p.log.WarnContext(ctx, "no other proxy has come to listen on our port: new connections fail until one does",
+				"address", p.cfg.InboundAddr, "waited", p.cfg.HandOver.String())
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// serveQueues returns when no connection has come for a while. Where nobody else
+// takes them, they come for as long as we listen: what was in the queues is served
+// by then.
+func (p *Proxy) serveQueues(ctx context.Context) {
+	open := p.listening()
+	steered, err := steer(open)
+	if err != nil {
+		p.log.WarnContext(ctx, "new connections cannot be steered to the next proxy: a few may be reset when our listeners close",
+			"error", err.Error())
+	}
+	tick := time.NewTicker(drainTick)
+	defer tick.Stop()
+	begin := time.Now()
+	last, seen := begin, accepted(open)
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		now := time.Now()
+		if n := accepted(open); n != seen {
+			last, seen = now, n
+			steered, _ = steer(open) // another process may have come, or gone
+		}
+		if now.Sub(last) >= drainQuiet || now.Sub(begin) >= drainMost || !steered && now.Sub(begin) >= drainAlone {
+			return
+		}
+	}
+}
+
+func accepted(open []opened) (n uint64) {
+	for _, o := range open {
+		n += o.accepted.Load()
+	}
+	return n
+}
+
+// steer sends new connections to another process, and tells whether there is one.
+func steer(open []opened) (steered bool, _ error) {
+	var failed []error
+	for _, o := range open {
+		l, ok := o.ln.(netns.Yielder)
+		if !ok {
+			continue
+		}
+		there, err := l.Yield()
+		if err != nil {
+			failed = append(failed, fmt.Errorf("%s listener: %w", o.component, err))
+		}
+		steered = steered || there
+	}
+	return steered, errors.Join(failed...)
+}
