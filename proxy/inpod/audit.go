@@ -1,0 +1,171 @@
+package inpod
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/ztunnel-go/ztunnel/internal/backoff"
+	"github.com/ztunnel-go/ztunnel/state"
+)
+
+const (
+	// auditEvery is how often all that can go wrong with a pod is looked at.
+	auditEvery = 30 * time.Second
+	// auditSoon is how often a pod is looked at that is not who it should be.
+	auditSoon = time.Second
+	// auditPause is the least time between two looks, however often the state
+	// changes.
+	auditPause = 100 * time.Millisecond
+)
+
+// audit looks after the pods until ctx ends: everything every auditEvery, and
+// what depends on the state when the state changes.
+func (m *Manager) audit(ctx context.Context) {
+	var whole time.Time
+	for {
+		changed := m.cfg.Store.Changed() // before the look, so that no change is lost
+		now := time.Now()
+		all := !now.Before(whole)
+		if all {
+			whole = now.Add(auditEvery)
+		}
+		again := m.auditPods(ctx, all)
+		m.evaluate()
+		wait := time.Until(whole)
+		if again {
+			wait = min(wait, auditSoon)
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-changed:
+		case <-m.look:
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+		if !backoff.Sleep(ctx, auditPause) {
+			return
+		}
+	}
+}
+
+// auditPods looks at each pod. It is true if that should be soon again.
+func (m *Manager) auditPods(ctx context.Context, all bool) (again bool) {
+	m.mu.Lock()
+	open := m.open
+	pods := make([]*pod, 0, len(m.pods))
+	for _, p := range m.pods {
+		pods = append(pods, p)
+	}
+	again = len(m.held()) > 0
+	m.mu.Unlock()
+	if !open { // nobody is served yet, and nobody known
+		return again
+	}
+	for _, p := range pods {
+		if ctx.Err() != nil {
+			return false
+		}
+		w, known := m.cfg.Store.Local(p.about.Ref())
+		if p.auditAddresses(ctx, w, all) {
+			again = true
+		}
+		if all {
+			p.auditListeners()
+			if !known {
+				p.auditNamespace(ctx)
+			}
+		}
+	}
+	return again
+}
+
+// auditAddresses checks that w, nil if the state does not know the pod, is the pod.
+// It is true if it is not.
+func (p *pod) auditAddresses(ctx context.Context, w *state.Workload, all bool) bool {
+	p.m.mu.Lock()
+	network, before := p.network, p.mismatch
+	look := all || w != p.checked || before != nil
+	p.m.mu.Unlock()
+	if network == nil || !look {
+		return false
+	}
+	err := verify(network, w)
+	p.m.mu.Lock()
+	p.checked, p.mismatch = w, err
+	if err != nil && before == nil {
+		p.mismatched = time.Now()
+	}
+	p.m.count()
+	p.m.mu.Unlock()
+	switch {
+	case err != nil && before == nil:
+		p.log.WarnContext(ctx, "a pod gets no identity: the node agent and the control plane disagree about who it is; recreate it if that lasts", "error", err.Error())
+	case err == nil && before != nil:
+		p.log.InfoContext(ctx, "the control plane and the node agent agree about a pod again")
+	}
+	return err != nil
+}
+
+// verify tells whether w may be the pod in network (decision D13).
+func verify(network Namespace, w *state.Workload) error {
+	if w == nil || len(w.IPs) == 0 {
+		return nil
+	}
+	have, err := network.Addresses()
+	if err != nil {
+		return fmt.Errorf("addresses of the pod's network namespace: %w", err)
+	}
+	for _, ip := range w.IPs {
+		if slices.ContainsFunc(have, func(a netip.Addr) bool { return a.Unmap() == ip }) {
+			return nil
+		}
+	}
+	return fmt.Errorf("workload %s has the addresses %v, the pod's network namespace %v: it may be that of another pod", w.UID, w.IPs, have)
+}
+
+// auditListeners starts the proxy again if it does not listen any more.
+func (p *pod) auditListeners() {
+	p.m.mu.Lock()
+	proxy := p.proxy
+	active := p.state == Active
+	p.m.mu.Unlock()
+	if !active {
+		return
+	}
+	err := proxy.Check()
+	if err == nil {
+		return
+	}
+	p.m.mu.Lock()
+	defer p.m.mu.Unlock()
+	if p.proxy == proxy && !p.m.drained {
+		p.restart(&restartError{err})
+	}
+}
+
+// auditNamespace ends a pod that the state does not know and that has no network
+// any more: the agent may have had no way to say so.
+func (p *pod) auditNamespace(ctx context.Context) {
+	p.m.mu.Lock()
+	network := p.network
+	p.m.mu.Unlock()
+	if network == nil || time.Since(p.added) < auditEvery {
+		return
+	}
+	if alive, err := network.Alive(); alive || err != nil {
+		return
+	}
+	p.m.mu.Lock()
+	gone := p.m.pods[p.about.UID] == p && !p.m.drained
+	if gone {
+		p.m.remove(p, errDead)
+	}
+	p.m.mu.Unlock()
+	if gone {
+		p.log.WarnContext(ctx, "removed a pod of which the node agent has not said that it is gone: its network namespace has no interface, and the control plane does not know it")
+	}
+}

@@ -1,0 +1,627 @@
+package inpod
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/ztunnel-go/ztunnel/proxy"
+	"github.com/ztunnel-go/ztunnel/proxy/inpod/zdspb"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
+	"github.com/ztunnel-go/ztunnel/state"
+)
+
+// world is a node: a Manager whose agent, namespaces and proxies are the test's.
+// A file takes the place of a network namespace, whose ID is as unique.
+type world struct {
+	t        testing.TB
+	m        *Manager
+	store    *state.Store
+	registry *prometheus.Registry
+	log      bytes.Buffer
+	dir      string
+	cut      context.CancelCauseFunc
+	ended    chan struct{} // closed when Run has returned
+	err      error         // of Run
+
+	mu         sync.Mutex
+	refuse     error                                     // of the agent: nobody listens
+	conns      []*fakeConn                               // all that were made
+	dialled    []time.Time                               // all tries
+	ready      []string                                  // all calls of Config.Ready
+	namespaces map[netns.NamespaceID]*fakeNamespace      // by ID
+	hostile    map[string]func(context.Context) error    // Bind of a pod, by UID
+	made       map[string][]*fakeProxy                   // of a UID, in order
+	holders    map[netns.NamespaceID]map[*fakeProxy]bool // who has the ports
+	shared     bool                                      // ports may be had by several
+}
+
+func newWorld(t testing.TB, change ...func(*Config)) *world {
+	t.Helper()
+	w := &world{
+		t: t, store: state.New(state.Config{}), registry: prometheus.NewRegistry(), dir: t.TempDir(), ended: make(chan struct{}),
+		namespaces: map[netns.NamespaceID]*fakeNamespace{}, hostile: map[string]func(context.Context) error{},
+		made: map[string][]*fakeProxy{}, holders: map[netns.NamespaceID]map[*fakeProxy]bool{},
+	}
+	cfg := Config{
+		Path: "/var/run/ztunnel/ztunnel.sock", Store: w.store, Metrics: NewMetrics(w.registry),
+		Network: w.network, New: w.newProxy, Ready: func(why string) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.ready = append(w.ready, why)
+		},
+		Logger: slog.New(slog.NewTextHandler(&syncWriter{w: &w.log}, &slog.HandlerOptions{Level: slog.LevelDebug})),
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
+	m, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.dial = w.dial
+	w.m = m
+	return w
+}
+
+type syncWriter struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (s *syncWriter) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.w.Write(b)
+}
+
+// run starts the Manager; the end of the test cuts it and waits.
+func (w *world) run() {
+	ctx, cut := context.WithCancelCause(context.Background())
+	w.cut = cut
+	go func() {
+		defer close(w.ended)
+		w.err = w.m.Run(ctx)
+	}()
+	w.t.Cleanup(func() {
+		cut(errors.New("end of the test"))
+		<-w.ended
+		w.closeFiles()
+	})
+}
+
+// start is run for a Manager that is open and connected.
+func start(t testing.TB, change ...func(*Config)) (*world, *fakeConn) {
+	t.Helper()
+	w := newWorld(t, change...)
+	w.m.Open()
+	w.run()
+	return w, w.conn()
+}
+
+// bubble runs f in one.
+func bubble(t *testing.T, f func(t *testing.T)) {
+	t.Helper()
+	synctest.Test(t, f)
+}
+
+// conn is the connection that there is now. Its hello has been read.
+func (w *world) conn() *fakeConn {
+	w.t.Helper()
+	synctest.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.conns) == 0 {
+		w.t.Fatal("there is no connection")
+	}
+	c := w.conns[len(w.conns)-1]
+	if c.isClosed() {
+		w.t.Fatal("the connection is closed")
+	}
+	if !c.greeted {
+		c.greeted = true
+		if b := <-c.out; !bytes.Equal(b, []byte{8, 1}) {
+			c.t.Fatalf("hello: got %x, want 0801", b)
+		}
+		synctest.Wait()
+	}
+	return c
+}
+
+func (w *world) dial(ctx context.Context) (agentConn, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.dialled = append(w.dialled, time.Now())
+	if w.refuse != nil {
+		return nil, w.refuse
+	}
+	c := &fakeConn{t: w.t, in: make(chan packet), out: make(chan []byte, 1), closed: make(chan struct{}), gone: make(chan struct{})}
+	w.conns = append(w.conns, c)
+	return c, nil
+}
+
+func (w *world) tries() []time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append([]time.Time(nil), w.dialled...)
+}
+
+// pending is what Config.Ready was told last.
+func (w *world) pending() string {
+	w.t.Helper()
+	synctest.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.ready) == 0 {
+		return "never told"
+	}
+	return w.ready[len(w.ready)-1]
+}
+
+func (w *world) wantReady(want string) {
+	w.t.Helper()
+	if got := w.pending(); got != want && (want == "" || !strings.Contains(got, want)) {
+		w.t.Errorf("readiness: got %q, want %q", got, want)
+	}
+}
+
+// fakeConn is a connection, seen from the agent.
+type fakeConn struct {
+	t      testing.TB
+	in     chan packet
+	out    chan []byte
+	closed chan struct{} // by us
+	gone   chan struct{} // closed: the agent has gone
+	once   sync.Once
+
+	greeted bool // the test has read the hello
+}
+
+func (c *fakeConn) receive() (packet, error) {
+	select {
+	case p := <-c.in:
+		return p, nil
+	case <-c.gone:
+		return packet{}, io.EOF
+	case <-c.closed:
+		return packet{}, net.ErrClosed
+	}
+}
+
+func (c *fakeConn) send(b []byte) error {
+	select {
+	case <-c.gone:
+		return syscall.EPIPE
+	case <-c.closed:
+		return net.ErrClosed
+	default:
+	}
+	select {
+	case c.out <- b:
+		return nil
+	case <-c.gone:
+		return syscall.EPIPE
+	case <-c.closed:
+		return net.ErrClosed
+	}
+}
+
+func (c *fakeConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return nil
+}
+
+func (c *fakeConn) isClosed() bool {
+	select {
+	case <-c.closed:
+		return true
+	default:
+		return false
+	}
+}
+
+// put sends a packet and returns the answer's error text.
+func (c *fakeConn) put(p packet) string {
+	c.t.Helper()
+	select {
+	case c.in <- p:
+	case <-c.closed:
+		closeAll(p.files)
+		c.t.Fatal("the connection is closed")
+	}
+	var r zdspb.WorkloadResponse
+	b := <-c.out
+	if err := proto.Unmarshal(b, &r); err != nil || r.GetAck() == nil {
+		c.t.Fatalf("answer %x: %v", b, err)
+	}
+	if len(b) > 1024 {
+		c.t.Errorf("an answer of %d bytes", len(b))
+	}
+	return r.GetAck().GetError()
+}
+
+func (c *fakeConn) ask(r *zdspb.WorkloadRequest, files ...*os.File) string {
+	c.t.Helper()
+	b, err := proto.Marshal(r)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return c.put(packet{data: b, files: files})
+}
+
+func addRequest(uid string) *zdspb.WorkloadRequest {
+	return &zdspb.WorkloadRequest{Payload: &zdspb.WorkloadRequest_Add{Add: &zdspb.AddWorkload{
+		Uid: uid, WorkloadInfo: &zdspb.WorkloadInfo{Name: uid, Namespace: "default", ServiceAccount: "sa-" + uid},
+	}}}
+}
+
+func delRequest(uid string) *zdspb.WorkloadRequest {
+	return &zdspb.WorkloadRequest{Payload: &zdspb.WorkloadRequest_Del{Del: &zdspb.DelWorkload{Uid: uid}}}
+}
+
+func keepRequest(uid string) *zdspb.WorkloadRequest {
+	return &zdspb.WorkloadRequest{Payload: &zdspb.WorkloadRequest_Keep{Keep: &zdspb.KeepWorkload{Uid: uid}}}
+}
+
+func sentRequest() *zdspb.WorkloadRequest {
+	return &zdspb.WorkloadRequest{Payload: &zdspb.WorkloadRequest_SnapshotSent{SnapshotSent: &zdspb.SnapshotSent{}}}
+}
+
+func (c *fakeConn) add(uid string, ns *os.File) string {
+	c.t.Helper()
+	return c.ask(addRequest(uid), ns)
+}
+func (c *fakeConn) del(uid string) string  { c.t.Helper(); return c.ask(delRequest(uid)) }
+func (c *fakeConn) keep(uid string) string { c.t.Helper(); return c.ask(keepRequest(uid)) }
+func (c *fakeConn) sent() string           { c.t.Helper(); return c.ask(sentRequest()) }
+
+// eof is the end of the agent's side.
+func (c *fakeConn) eof() { close(c.gone) }
+
+// accept fails the test if an answer is a refusal.
+func accept(t testing.TB, answers ...string) {
+	t.Helper()
+	for i, a := range answers {
+		if a != "" {
+			t.Errorf("answer %d: refused: %s", i, a)
+		}
+	}
+}
+
+// fakeNamespace is a pod's, as far as the Manager looks at it.
+type fakeNamespace struct {
+	netns.Network
+	path string
+	id   netns.NamespaceID
+
+	mu    sync.Mutex
+	addrs []netip.Addr
+	dead  bool
+	err   error // of Addresses
+}
+
+func (n *fakeNamespace) Addresses() ([]netip.Addr, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.addrs, n.err
+}
+
+func (n *fakeNamespace) Alive() (bool, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return !n.dead, nil
+}
+
+func (n *fakeNamespace) LoopbackIPv6() (bool, error) { return true, nil }
+
+func (n *fakeNamespace) set(addrs ...string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.addrs = nil
+	for _, a := range addrs {
+		n.addrs = append(n.addrs, netip.MustParseAddr(a))
+	}
+}
+
+// ns opens the namespace of a name, as the agent does for each Add. The Manager
+// has to close it.
+func (w *world) ns(name string) *os.File {
+	w.t.Helper()
+	f, err := os.OpenFile(filepath.Join(w.dir, name), os.O_CREATE|os.O_RDONLY, 0o600)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	id, err := netns.ID(f)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.namespaces[id] == nil {
+		w.namespaces[id] = &fakeNamespace{path: f.Name(), id: id}
+	}
+	return f
+}
+
+// namespace is what ns refers to.
+func (w *world) namespace(name string) *fakeNamespace {
+	w.t.Helper()
+	f := w.ns(name)
+	defer f.Close()
+	id, err := netns.ID(f)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.namespaces[id]
+}
+
+func (w *world) network(f *os.File) (Namespace, error) {
+	id, err := netns.ID(f)
+	if err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.namespaces[id], nil
+}
+
+// closeFiles fails the test if a namespace is still open.
+func (w *world) closeFiles() {
+	if open := openFiles(w.t, w.dir); len(open) > 0 {
+		w.t.Errorf("namespaces that are still open: %v", open)
+	}
+}
+
+// openFiles are the open files of this process below dir.
+func openFiles(t testing.TB, dir string) (open []string) {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Skip("needs /proc")
+	}
+	for _, fd := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(to, dir+"/") {
+			open = append(open, to)
+		}
+	}
+	return open
+}
+
+// fakeProxy holds the ports of a namespace.
+type fakeProxy struct {
+	w       *world
+	pod     Pod
+	ns      netns.NamespaceID
+	drained chan struct{}
+	once    sync.Once
+	release chan struct{} // closed: its last connection has ended; nil: it has none
+	ended   chan struct{}
+
+	mu        sync.Mutex
+	listening bool
+	ran       bool
+	cause     error // with which Run was cut
+	broken    error // what Check returns
+}
+
+func (w *world) newProxy(pod Pod) (Proxy, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	p := &fakeProxy{w: w, pod: pod, ns: pod.Network.(*fakeNamespace).id, drained: make(chan struct{}), ended: make(chan struct{})}
+	w.made[pod.UID] = append(w.made[pod.UID], p)
+	return p, nil
+}
+
+// errTaken is what a Bind gets whose port somebody has.
+var errTaken = fmt.Errorf("inbound listener: failed to bind to address [::]:15008: %w", syscall.EADDRINUSE)
+
+func (p *fakeProxy) Bind(ctx context.Context) error {
+	p.w.mu.Lock()
+	hostile := p.w.hostile[p.pod.UID]
+	p.w.mu.Unlock()
+	if hostile != nil {
+		if err := hostile(ctx); err != nil {
+			return err
+		}
+	}
+	p.w.mu.Lock()
+	defer p.w.mu.Unlock()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if len(p.w.holders[p.ns]) > 0 && !p.w.shared {
+		return errTaken
+	}
+	if p.w.holders[p.ns] == nil {
+		p.w.holders[p.ns] = map[*fakeProxy]bool{}
+	}
+	p.w.holders[p.ns][p] = true
+	return nil
+}
+
+func (p *fakeProxy) Listen(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-p.drained:
+		return proxy.ErrDraining
+	default:
+	}
+	p.listening = true
+	return context.Cause(ctx)
+}
+
+func (p *fakeProxy) Run(ctx context.Context) error {
+	defer close(p.ended)
+	defer p.free()
+	p.mu.Lock()
+	p.ran = true
+	p.mu.Unlock()
+	select {
+	case <-ctx.Done():
+		p.mu.Lock()
+		p.cause = context.Cause(ctx)
+		p.mu.Unlock()
+		return nil
+	case <-p.drained:
+	}
+	if p.release != nil {
+		select {
+		case <-p.release:
+		case <-ctx.Done():
+			p.mu.Lock()
+			p.cause = context.Cause(ctx)
+			p.mu.Unlock()
+		}
+	}
+	return nil
+}
+
+func (p *fakeProxy) Drain() {
+	p.once.Do(func() { close(p.drained) })
+	p.mu.Lock()
+	ran := p.ran
+	p.mu.Unlock()
+	if !ran {
+		p.free()
+	}
+}
+
+// free gives up the ports.
+func (p *fakeProxy) free() {
+	p.w.mu.Lock()
+	defer p.w.mu.Unlock()
+	delete(p.w.holders[p.ns], p)
+}
+
+func (p *fakeProxy) Check() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.broken
+}
+
+func (p *fakeProxy) Connections() proxy.Connections { return proxy.Connections{} }
+
+// proxies are those that were made for a UID.
+func (w *world) proxies(uid string) []*fakeProxy {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append([]*fakeProxy(nil), w.made[uid]...)
+}
+
+func (w *world) last(uid string) *fakeProxy {
+	w.t.Helper()
+	all := w.proxies(uid)
+	if len(all) == 0 {
+		w.t.Fatalf("no proxy was made for %s", uid)
+	}
+	return all[len(all)-1]
+}
+
+func (p *fakeProxy) isListening() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.listening
+}
+
+func (p *fakeProxy) cutBy() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.cause
+}
+
+// fail makes Bind of a pod fail; nil mends it.
+func (w *world) fail(uid string, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err == nil {
+		delete(w.hostile, uid)
+		return
+	}
+	w.hostile[uid] = func(context.Context) error { return err }
+}
+
+// occupy takes the ports of a namespace, as an application might.
+func (w *world) occupy(name string) (free func()) {
+	n := w.namespace(name)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	p := &fakeProxy{w: w, ns: n.id}
+	w.holders[n.id] = map[*fakeProxy]bool{p: true}
+	return p.free
+}
+
+// states are those of the pods, "uid state" each, with the failures.
+func (w *world) states() string {
+	w.t.Helper()
+	synctest.Wait()
+	var all []string
+	for _, s := range w.m.Snapshot() {
+		all = append(all, s.UID+" "+string(s.State))
+	}
+	return strings.Join(all, ", ")
+}
+
+func (w *world) wantStates(want string) {
+	w.t.Helper()
+	if got := w.states(); got != want {
+		w.t.Errorf("pods: got %q, want %q", got, want)
+	}
+}
+
+// value is that of a metric with these label values.
+func (w *world) value(name string, labels ...string) float64 {
+	w.t.Helper()
+	families, err := w.registry.Gather()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != name {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			var have []string
+			for _, l := range m.GetLabel() {
+				have = append(have, l.GetValue())
+			}
+			if slices.Equal(have, labels) {
+				return m.GetGauge().GetValue() + m.GetCounter().GetValue() + float64(m.GetHistogram().GetSampleCount())
+			}
+		}
+	}
+	return 0
+}
+
+// wantCounts checks the metrics of spec/identity-admin-inpod.md §7.10.
+func (w *world) wantCounts(active, pending, started, stopped int) {
+	w.t.Helper()
+	synctest.Wait()
+	var got []int
+	for _, name := range []string{"active_proxy_count", "pending_proxy_count", "proxies_started_total", "proxies_stopped_total"} {
+		got = append(got, int(w.value("workload_manager_"+name)))
+	}
+	if diff := cmp.Diff([]int{active, pending, started, stopped}, got); diff != "" {
+		w.t.Errorf("active, pending, started, stopped (-want +got):\n%s", diff)
+	}
+}
