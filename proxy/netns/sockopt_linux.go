@@ -154,7 +154,9 @@ func (s *sockets) packetControl(addr netip.AddrPort) func(string, string, syscal
 	}
 	return func(_, _ string, c syscall.RawConn) error {
 		return control(c, func(fd int) error {
-			if s.opt.reusePort {
+			// A port that the kernel chooses would be shared, too, and what comes to one
+			// socket might be given to the other.
+			if s.opt.reusePort && addr.Port() != 0 {
 				if err := setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
 					return fmt.Errorf("set SO_REUSEPORT: %w", err)
 				}
