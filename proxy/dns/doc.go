@@ -1,4 +1,9 @@
-// Package dns asks nameservers on behalf of the proxy.
+// Package dns answers the DNS queries of pods, and asks nameservers on behalf of the
+// proxy.
+//
+// A Server is the DNS proxy of one pod (spec/state-xds-dns.md §5). It answers the
+// names of services from the store, and passes everything else on as the bytes that
+// came (decision D24).
 //
 // A Resolver finds the addresses of workloads that the control plane describes
 // by host name alone (spec/state-xds-dns.md §4.10). It reads resolv.conf and

@@ -36,18 +36,27 @@ const (
 // of them than it must, so that whatever forwards a message can return the answer
 // as it is. It is safe for concurrent use.
 type exchanger struct {
-	dial Dial
-	last atomic.Pointer[netip.Addr] // the nameserver that answered last
+	dial     Dial
+	outgoing *outgoing                  // where messages are entered as long as they are on their way; nil: nowhere
+	last     atomic.Pointer[netip.Addr] // the nameserver that answered last
+}
+
+// asking is a message for nameservers.
+type asking struct {
+	msg []byte
+	// partial takes an answer that the nameserver has truncated: whoever asks would
+	// have to ask again by TCP, and can.
+	partial bool
 }
 
 var errNoNameserver = errors.New("no nameserver in resolv.conf")
 
-// exchange returns the answer to query, whose ID does not matter: every try has
+// exchange returns the answer to a message, whose ID does not matter: every try has
 // one of its own, and the answer has that of its try. It blocks for at most
 // (timeout + stagger × nameservers) × attempts, twice that if answers are
 // truncated. An answer that only says that the nameserver can't tell is returned
 // if no other nameserver gives a better one.
-func (x *exchanger) exchange(ctx context.Context, conf *resolvConf, query []byte) ([]byte, error) {
+func (x *exchanger) exchange(ctx context.Context, conf *resolvConf, query asking) ([]byte, error) {
 	servers := x.order(conf)
 	if len(servers) == 0 {
 		return nil, errNoNameserver
@@ -100,7 +109,7 @@ type outcome struct {
 
 // round asks every nameserver once, the next one when the one before has failed
 // or is late.
-func (x *exchanger) round(ctx context.Context, conf *resolvConf, servers []netip.Addr, query []byte) ([]byte, error) {
+func (x *exchanger) round(ctx context.Context, conf *resolvConf, servers []netip.Addr, query asking) ([]byte, error) {
 	var asked sync.WaitGroup
 	defer asked.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -161,18 +170,18 @@ var errNoAnswer = fmt.Errorf("no answer in time: %w", context.DeadlineExceeded)
 
 // ask asks one nameserver: by UDP, and by TCP what does not fit or what somebody
 // tries to answer in its place.
-func (x *exchanger) ask(ctx context.Context, conf *resolvConf, server netip.Addr, query []byte) ([]byte, error) {
+func (x *exchanger) ask(ctx context.Context, conf *resolvConf, server netip.Addr, query asking) ([]byte, error) {
 	addr := netip.AddrPortFrom(server, port)
-	if !conf.tcp {
-		reply, err := x.try(ctx, conf.timeout, "udp", addr, query, askDatagram)
+	if !conf.tcp && len(query.msg) <= ednsPayload {
+		reply, err := x.try(ctx, conf.timeout, "udp", addr, query.msg, askDatagram)
 		if err != nil && !errors.Is(err, errGuessing) {
 			return nil, err
 		}
-		if err == nil && !truncated(reply) {
+		if err == nil && (!truncated(reply) || query.partial && len(reply) < datagram) {
 			return reply, nil
 		}
 	}
-	return x.try(ctx, conf.timeout, "tcp", addr, query, askStream)
+	return x.try(ctx, conf.timeout, "tcp", addr, query.msg, askStream)
 }
 
 // try asks once, with an ID and a socket of its own.
@@ -187,6 +196,7 @@ func (x *exchanger) try(ctx context.Context, timeout time.Duration, network stri
 		return nil, err
 	}
 	setID(query, binary.BigEndian.Uint16(id[:]))
+	defer x.outgoing.add(query)()
 	c, err := x.dial(ctx, network, addr)
 	if err != nil {
 		return nil, causeOr(ctx, err)

@@ -433,7 +433,7 @@ func TestExchangeKeepsTheBytes(t *testing.T) {
 	query := packed(t, new(dns.Msg).SetQuestion("AbC.example.", dns.TypeSVCB))
 	before := slices.Clone(query)
 	x := exchanger{dial: Over(n.net.Host(ourIP))}
-	reply, err := x.exchange(t.Context(), n.resolver.conf.get(), query)
+	reply, err := x.exchange(t.Context(), n.resolver.conf.get(), asking{msg: query})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -107,7 +107,7 @@ func (r *Resolver) recovered(ctx context.Context, k key) (a answer, err error) {
 	return r.resolve(ctx, k)
 }
 
-// resolve asks nameservers, and goes after aliases that they leave to us.
+// resolve asks when there is room for one more question.
 func (r *Resolver) resolve(ctx context.Context, k key) (answer, error) {
 	select {
 	case r.slots <- struct{}{}:
@@ -115,28 +115,5 @@ func (r *Resolver) resolve(ctx context.Context, k key) (answer, error) {
 		return answer{}, fmt.Errorf("%d questions are in flight: %w", maxInFlight, context.Cause(ctx))
 	}
 	defer func() { <-r.slots }()
-	q, ttl, links := k.question, maxTTL, 0
-	for {
-		query, err := q.pack(k.conf.edns)
-		if err != nil {
-			return answer{}, err
-		}
-		reply, err := r.exchanger.exchange(ctx, k.conf, query)
-		if err != nil {
-			return answer{}, err
-		}
-		a, err := decode(q, reply)
-		if err != nil {
-			return answer{}, err
-		}
-		ttl, links = min(ttl, a.ttl), links+a.links
-		if links > maxLinks {
-			return answer{}, fmt.Errorf("more than %d aliases lead on from it", maxLinks)
-		}
-		if a.next == "" {
-			a.ttl = ttl
-			return a, nil
-		}
-		q.name = a.next
-	}
+	return r.upstream.resolve(ctx, k.conf, k.question)
 }

@@ -60,25 +60,34 @@ func (f *followed[T]) look() error {
 	if f.unread = f.unread || changed; !f.unread {
 		return nil
 	}
-	file, err := os.Open(f.path)
+	text, err := readFile(f.path)
 	if err != nil {
 		return err
 	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
-	switch {
-	case err != nil:
-		return fmt.Errorf("read %s: %w", f.path, err)
-	case len(text) > maxFile:
-		return fmt.Errorf("read %s: it is longer than %d bytes", f.path, maxFile)
-	}
-	v, err := f.parse(string(text))
+	v, err := f.parse(text)
 	if err != nil {
 		return fmt.Errorf("read %s: %w", f.path, err)
 	}
 	f.value.Store(&v)
 	f.unread = false
 	return nil
+}
+
+// readFile returns the text of a file of the system.
+func readFile(path string) (string, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("read %s: %w", path, err)
+	case len(text) > maxFile:
+		return "", fmt.Errorf("read %s: it is longer than %d bytes", path, maxFile)
+	}
+	return string(text), nil
 }
 
 // note logs an error when it begins. The caller holds f.mu.

@@ -81,22 +81,31 @@ func rcode(msg []byte) int        { return int(msg[3] & 0x0f) }
 
 var errNotTheAnswer = errors.New("message does not answer the question")
 
-// checkReply tells whether reply answers query: the ID, the opcode and the one
-// question are the same. A nameserver may change the case of the name. Nothing
-// else was decoded; both are kept as bytes, so that they may be forwarded.
+// checkReply tells whether reply answers a message: the ID, the opcode and the one
+// question are the same. A nameserver may change the case of the name. It may leave
+// the question out of an error without records, which it gives to what it does not
+// understand, and of the answer to what is no query (RFC 2136 §3.8). Nothing else was
+// decoded; both are kept as bytes, so that they may be forwarded.
 func checkReply(query, reply []byte) error {
+	const opcode = 0x78
+	if len(reply) < headerLen || reply[0] != query[0] || reply[1] != query[1] ||
+		reply[2]&bitResponse == 0 || reply[2]&opcode != query[2]&opcode {
+		return errNotTheAnswer
+	}
+	if binary.BigEndian.Uint16(reply[4:]) == 0 {
+		const counts = "\x00\x00\x00\x00" // of answers and authorities
+		refusal := rcode(reply) != dns.RcodeSuccess && rcode(reply) != dns.RcodeNameError && string(reply[6:10]) == counts
+		if refusal || query[2]&opcode != dns.OpcodeQuery {
+			return nil
+		}
+		return errNotTheAnswer
+	}
 	end, err := questionEnd(query)
 	if err != nil {
 		return err
 	}
-	const response, opcode = 0x80, 0x78
-	switch {
-	case len(reply) < end,
-		reply[0] != query[0] || reply[1] != query[1],
-		reply[2]&response == 0,
-		reply[2]&opcode != query[2]&opcode,
-		binary.BigEndian.Uint16(reply[4:]) != 1,
-		string(reply[end-4:end]) != string(query[end-4:end]): // type and class
+	if len(reply) < end || binary.BigEndian.Uint16(reply[4:]) != 1 ||
+		string(reply[end-4:end]) != string(query[end-4:end]) { // type and class
 		return errNotTheAnswer
 	}
 	for i := headerLen; i < end-4; i++ {

@@ -45,12 +45,10 @@ type ResolverConfig struct {
 // Resolver finds the addresses of host names. It is safe for concurrent use, and
 // has no goroutines but those of the questions that somebody waits for.
 type Resolver struct {
-	ipv6      bool
-	log       *slog.Logger
-	conf      *followed[*resolvConf]
-	hosts     *followed[hosts]
-	exchanger exchanger
-	slots     chan struct{} // one for each question in flight
+	*upstream
+	ipv6  bool
+	log   *slog.Logger
+	slots chan struct{} // one for each question in flight
 
 	mu      sync.Mutex // guards the rest
 	cache   cache
@@ -67,24 +65,13 @@ func NewResolver(cfg ResolverConfig) (*Resolver, error) {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	log := cfg.Logger.With("component", "dns")
-	r := &Resolver{
-		ipv6:      cfg.IPv6,
-		log:       log,
-		exchanger: exchanger{dial: cfg.Dial},
-		slots:     make(chan struct{}, maxInFlight),
-		flights:   make(map[key]*flight),
-	}
-	r.conf = follow(cmp.Or(cfg.ResolvConf, "/etc/resolv.conf"), log, func(text string) (*resolvConf, error) {
-		c := parseResolvConf(text)
-		if len(c.nameservers) == 0 {
-			return nil, errors.New("it names no nameserver")
-		}
-		return c, nil
-	})
-	r.hosts = follow(cmp.Or(cfg.Hosts, "/etc/hosts"), log, func(text string) (hosts, error) { return parseHosts(text), nil })
-	r.conf.get()
-	r.hosts.get()
-	return r, nil
+	return &Resolver{
+		upstream: newUpstream(cfg.Dial, cfg.ResolvConf, cfg.Hosts, log),
+		ipv6:     cfg.IPv6,
+		log:      log,
+		slots:    make(chan struct{}, maxInFlight),
+		flights:  make(map[key]*flight),
+	}, nil
 }
 
 // Lookup returns the addresses of host, IPv4 before IPv6: of an IP literal itself,
