@@ -45,9 +45,7 @@ func (p *Proxy) drain(ctx context.Context) {
 	p.awaitHeir(ctx)
 	p.server.GoAway()
 	p.serveQueues(ctx)
-	p.mu.Lock()
-	p.close()
-	p.mu.Unlock()
+	p.closeListeners()
 	p.server.Drain()
 }
 

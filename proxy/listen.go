@@ -159,8 +159,15 @@ func (p *Proxy) listening() []opened {
 	return open
 }
 
-// close closes everything that Bind and Listen opened and nobody has closed yet.
-// The caller holds p.mu.
+// closeListeners closes everything that Bind and Listen opened and nobody has
+// closed yet.
+func (p *Proxy) closeListeners() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.close()
+}
+
+// close is closeListeners for who holds p.mu.
 func (p *Proxy) close() {
 	for _, e := range p.entries {
 		if e.bound != nil {
@@ -200,12 +207,11 @@ func (p *Proxy) InboundAddr() netip.AddrPort {
 // lasting part of it.
 type server func(context.Context, netns.Conn) *copying
 
-// acceptLoop owns the connections that it accepts: it returns when the listener
-// is closed and all of them have ended.
+// acceptLoop owns the connections that it accepts, not the listener: it returns
+// when that is closed and all of them have ended.
 func (p *Proxy) acceptLoop(ctx context.Context, e opened) {
 	var conns sync.WaitGroup
 	defer conns.Wait()
-	defer context.AfterFunc(ctx, func() { e.ln.Close() })()
 	// An accept error is nearly always a lack of file descriptors: without a
 	// pause the loop would burn the processor that could free some.
 	retry := backoff.Policy{First: 5 * time.Millisecond, Max: time.Second, Budget: -1}.New()

@@ -188,6 +188,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	if err != nil || len(listening) == 0 {
 		return err
 	}
+	defer context.AfterFunc(ctx, p.closeListeners)()
 	live, over := context.WithCancel(ctx) // until the last part has ended
 	defer over()
 	var parts sync.WaitGroup
@@ -203,10 +204,8 @@ func (p *Proxy) Run(ctx context.Context) error {
 	}
 	p.watch(live, parts.Go)
 	parts.Wait()
+	p.closeListeners() // that is done; here it ends, too
 
-	p.mu.Lock()
-	p.close() // ctx has ended, and the listeners are closed; now they are forgotten, too
-	p.mu.Unlock()
 	p.inner.Close() // its sessions are streams of the other
 	p.pool.Close()
 	p.identity.release()

@@ -28,6 +28,9 @@ const (
 // reason maps how a connection ended to the text of the access log and to
 // response_flags (spec/datapath.md §10.6). It is the only place that does.
 func reason(err error) (text, flag string) {
+	if err == nil { // before the variables, for which most connections need not pay
+		return "", flagNone
+	}
 	var (
 		denied   *state.Denied
 		identity *identityError
@@ -37,8 +40,6 @@ func reason(err error) (text, flag string) {
 		config   *tlsConfigError
 	)
 	switch {
-	case err == nil:
-		return "", flagNone
 	case errors.Is(err, ErrCertificateRevoked): // it outweighs whatever else has happened
 		return ErrCertificateRevoked.Error(), flagRevoked
 	case errors.Is(err, ErrDraining):

@@ -100,7 +100,6 @@ func (t *tunnel) established(info *hbone.ConnInfo) (ended func()) {
 // trust is by what the tunnels of a proxy are judged at a moment.
 type trust struct {
 	svid      *ca.SVID // nil: there is none, or it is not known yet
-	epoch     ca.Epoch // of svid
 	withdrawn error    // the provider took the identity back
 	lists     uint64   // generation of the revocation lists
 }
@@ -116,7 +115,7 @@ func (p *Proxy) trust() trust {
 	now := trust{lists: p.cfg.CRLs.Generation()}
 	if lease := p.identity.current(); lease != nil {
 		if svid, ok := lease.Current(); ok {
-			now.svid, now.epoch = svid, svid.Epoch()
+			now.svid = svid
 		}
 		now.withdrawn = lease.Withdrawn()
 	}
@@ -141,7 +140,7 @@ func (p *Proxy) followTrust(ctx context.Context, w *watched) (renewed <-chan str
 // trust is no longer ours.
 func (p *Proxy) judgeTunnels(ctx context.Context, now trust) {
 	if now.svid != nil {
-		p.retireEpoch(now.epoch)
+		p.retireEpoch(now.svid.Epoch())
 	}
 	ended := 0
 	for _, t := range p.tunnels.list() {
@@ -163,7 +162,7 @@ func (t *tunnel) judge(now trust) (ended bool) {
 	}
 	cause := t.verdict(now)
 	if cause == nil {
-		if now.svid != nil && !t.retired && (now.svid.ID != t.svid.ID || now.epoch != t.epoch) {
+		if now.svid != nil && !t.retired && (now.svid.ID != t.svid.ID || now.svid.Epoch() != t.epoch) {
 			t.retired = true
 			t.info.Drain()
 		}

@@ -126,7 +126,7 @@ func TestOtherIdentityRetiresTunnels(t *testing.T) {
 		drained bool
 	}{{serverID, false}, {"spiffe://cluster.local/ns/default/sa/other", true}} {
 		svid := r.root.SVID(t, catest.ID(c.id))
-		r.proxy.judgeTunnels(t.Context(), trust{svid: svid, epoch: svid.Epoch()})
+		r.proxy.judgeTunnels(t.Context(), trust{svid: svid})
 		if f.drained != c.drained || f.cause != nil {
 			t.Errorf("as %s: drained %v, ended by %v, want %v and no end", c.id, f.drained, f.cause, c.drained)
 		}

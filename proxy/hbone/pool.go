@@ -445,6 +445,10 @@ func (p *Pool[K]) Abort(match func(K, *ConnInfo) bool, cause error) {
 
 func (p *Pool[K]) forEach(r retirement[K]) {
 	p.mu.Lock()
+	if len(p.all)+len(p.keys) == 0 { // an idle pod's, at every change of the world
+		p.mu.Unlock()
+		return
+	}
 	var matched []*tunnel[K]
 	for t := range p.all {
 		if r.match(t.key, t.c.info) {
