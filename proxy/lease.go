@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -71,14 +72,12 @@ func (h *leaseHolder) release() {
 // §4.2).
 func (p *Proxy) followLease(seen *watched, local *state.Workload, known bool) {
 	switch {
-	case known:
-		if local != seen.local && !captured(local) {
-			p.identity.release() // it was captured, or we did not know better
-		} else if captured(local) {
-			// The error is that the store has another one by now: it has changed, too.
-			_, _ = p.identity.leaseFor(local, p.cfg.PodUID)
-		}
-	case p.cfg.Prefetch && seen.local == nil:
+	case known && captured(local):
+		// The error is that the store has another one by now: it has changed, too.
+		_, _ = p.identity.leaseFor(local, p.cfg.PodUID)
+	case known && local != seen.local && (seen.local == nil || captured(seen.local)):
+		p.identity.release() // it was captured, or we did not know better
+	case !known && p.cfg.Prefetch && seen.local == nil:
 		_, _ = p.identity.leaseFor(p.standIn.workload, p.cfg.PodUID)
 	}
 }
@@ -98,6 +97,12 @@ func (p *Proxy) svid(ctx context.Context, w *state.Workload) (*ca.SVID, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.CertificateWait)
 	defer cancel()
 	svid, err := lease.SVID(ctx)
+	if errors.Is(err, ca.ErrReleased) { // between the two: the workload has changed, and this is the lease of today
+		if lease, err = p.identity.leaseFor(w, p.cfg.PodUID); err != nil {
+			return nil, &identityError{err}
+		}
+		svid, err = lease.SVID(ctx)
+	}
 	if err != nil {
 		return nil, &identityError{fmt.Errorf("no certificate since %s: %w", lease.Since().UTC().Format(time.RFC3339), err)}
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/ztunnel-go/ztunnel/state"
@@ -248,6 +249,10 @@ func TestID_LC09_Drain(t *testing.T) {
 		}
 		begin := time.Now()
 		server.proxy.Drain()
+		synctest.Wait() // GOAWAY has arrived
+		if err := client.request(server.echoAddr(), "x"); err != nil || client.proxy.pool.Stats().Dialed != 2 {
+			t.Errorf("a connection during the drain: %v, with %d tunnels; want it over a second one", err, client.proxy.pool.Stats().Dialed)
+		}
 		for client.request(server.echoAddr(), "x") == nil {
 			if time.Since(begin) > 2*time.Second {
 				t.Fatal("new connections still succeed")
