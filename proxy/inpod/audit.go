@@ -34,11 +34,14 @@ func (m *Manager) audit(ctx context.Context) {
 		}
 		again := m.auditPods(ctx, all)
 		m.evaluate()
-		wait := time.Until(whole)
+		wait := whole.Sub(now)
 		if again {
 			wait = min(wait, auditSoon)
 		}
-		timer := time.NewTimer(wait)
+		if !backoff.Sleep(ctx, min(wait, auditPause)) {
+			return
+		}
+		timer := time.NewTimer(time.Until(now.Add(wait)))
 		select {
 		case <-changed:
 		case <-m.look:
@@ -46,9 +49,6 @@ func (m *Manager) audit(ctx context.Context) {
 		case <-ctx.Done():
 		}
 		timer.Stop()
-		if !backoff.Sleep(ctx, auditPause) {
-			return
-		}
 	}
 }
 
@@ -88,14 +88,14 @@ func (m *Manager) auditPods(ctx context.Context, all bool) (again bool) {
 func (p *pod) auditAddresses(ctx context.Context, w *state.Workload, all bool) bool {
 	p.m.mu.Lock()
 	network, before := p.network, p.mismatch
-	look := all || w != p.checked || before != nil
+	look := all || w != p.checked || before != nil && time.Since(p.checkedAt) >= auditSoon-auditPause
 	p.m.mu.Unlock()
 	if network == nil || !look {
-		return false
+		return before != nil
 	}
 	err := verify(network, w)
 	p.m.mu.Lock()
-	p.checked, p.mismatch = w, err
+	p.checked, p.checkedAt, p.mismatch = w, time.Now(), err
 	if err != nil && before == nil {
 		p.mismatched = time.Now()
 	}

@@ -106,7 +106,7 @@ type Config struct {
 	HandOver bool
 	// Ready is called with the reason for which the pods of this node are not
 	// served, one line, when it changes, and "" when they are. The calls are
-	// serialised. It must not block, nor call the Manager. Nil: nobody asks.
+	// serialised. It must not block, nor call Open or Drain. Nil: nobody asks.
 	Ready func(pending string)
 	// Metrics may be nil.
 	Metrics *Metrics

@@ -54,6 +54,7 @@ func newSocket(c *net.UnixConn, log *slog.Logger) *socket {
 // call. A packet of no bytes cannot be told from the end.
 func (s *socket) receive() (packet, error) {
 	n, oobn, flags, _, err := s.conn.ReadMsgUnix(s.data[:], s.oob) // sets close-on-exec
+	n, oobn = max(n, 0), max(oobn, 0)
 	files, rightsErr := s.rights(s.oob[:oobn])
 	p := packet{data: s.data[:n], files: files, truncated: flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0}
 	switch {

@@ -36,7 +36,7 @@ type world struct {
 	m        *Manager
 	store    *state.Store
 	registry *prometheus.Registry
-	log      bytes.Buffer
+	log      syncBuffer
 	dir      string
 	cut      context.CancelCauseFunc
 	ended    chan struct{} // closed when Run has returned
@@ -68,7 +68,7 @@ func newWorld(t testing.TB, change ...func(*Config)) *world {
 			defer w.mu.Unlock()
 			w.ready = append(w.ready, why)
 		},
-		Logger: slog.New(slog.NewTextHandler(&syncWriter{w: &w.log}, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Logger: slog.New(slog.NewTextHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, f := range change {
 		f(&cfg)
@@ -82,15 +82,22 @@ func newWorld(t testing.TB, change ...func(*Config)) *world {
 	return w
 }
 
-type syncWriter struct {
+// syncBuffer is a log that can be read while it is written.
+type syncBuffer struct {
 	mu sync.Mutex
-	w  io.Writer
+	b  bytes.Buffer
 }
 
-func (s *syncWriter) Write(b []byte) (int, error) {
+func (s *syncBuffer) Write(b []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.w.Write(b)
+	return s.b.Write(b)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
 }
 
 // run starts the Manager; the end of the test cuts it and waits.
@@ -316,6 +323,7 @@ type fakeNamespace struct {
 	addrs []netip.Addr
 	dead  bool
 	err   error // of Addresses
+	bind  error // of every Bind in it
 }
 
 func (n *fakeNamespace) Addresses() ([]netip.Addr, error) {
@@ -443,6 +451,13 @@ func (p *fakeProxy) Bind(ctx context.Context) error {
 		if err := hostile(ctx); err != nil {
 			return err
 		}
+	}
+	n := p.pod.Network.(*fakeNamespace)
+	n.mu.Lock()
+	bind := n.bind
+	n.mu.Unlock()
+	if bind != nil {
+		return bind
 	}
 	p.w.mu.Lock()
 	defer p.w.mu.Unlock()
@@ -625,3 +640,14 @@ func (w *world) wantCounts(active, pending, started, stopped int) {
 		w.t.Errorf("active, pending, started, stopped (-want +got):\n%s", diff)
 	}
 }
+
+func mustMarshal(t testing.TB, m proto.Message) []byte {
+	t.Helper()
+	b, err := proto.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func files(f ...*os.File) []*os.File { return f }

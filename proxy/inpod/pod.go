@@ -53,7 +53,8 @@ type pod struct {
 	told       string                  // the failure that was logged last
 	toldAt     time.Time
 	checked    *state.Workload // of which mismatch speaks
-	mismatch   error           // the workload is not the pod
+	checkedAt  time.Time
+	mismatch   error // the workload is not the pod
 	mismatched time.Time
 }
 

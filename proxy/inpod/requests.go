@@ -191,10 +191,22 @@ func (m *Manager) del(uid string) {
 
 // reconcile ends the pods that the snapshot does not have.
 func (m *Manager) reconcile() error {
+	n, err := m.complete()
+	if err != nil {
+		return err
+	}
+	m.wake()
+	m.log.Info("the node agent has told of all pods", "pods", n)
+	return nil
+}
+
+// complete is the part of reconcile that needs m.mu. It returns how many pods
+// there are.
+func (m *Manager) complete() (int, error) {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	if !m.zds.snapshot.IsZero() {
-		m.mu.Unlock()
-		return &ProtocolError{errors.New("pod snapshot received already")}
+		return 0, &ProtocolError{errors.New("pod snapshot received already")}
 	}
 	for _, p := range m.pods {
 		if !p.listed {
@@ -203,9 +215,5 @@ func (m *Manager) reconcile() error {
 	}
 	m.zds.snapshot = time.Now()
 	m.zds.hold()
-	n := len(m.pods)
-	m.mu.Unlock()
-	m.wake()
-	m.log.Info("the node agent has told of all pods", "pods", n)
-	return nil
+	return len(m.pods), nil
 }
