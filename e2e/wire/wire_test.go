@@ -1,6 +1,7 @@
-// Package wire compares our wire types with those of the control planes. It is a
-// module of its own, because two copies of a protobuf name cannot be in one
-// program: ours are compiled here from their .proto files and are never registered.
+// Package wire compares our wire types with those of the control planes and of the
+// node agents. It is a module of its own, because two copies of a protobuf name
+// cannot be in one program: ours are compiled here from their .proto files and are
+// never registered.
 package wire
 
 import (
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/dynamicpb"
 	"istio.io/istio/pkg/workloadapi"
 	"istio.io/istio/pkg/workloadapi/security"
+	"istio.io/istio/pkg/zdsapi"
 )
 
 // roots are the messages that travel, with theirs.
@@ -23,11 +25,18 @@ var roots = map[protoreflect.FullName]proto.Message{
 	"istio.security.Authorization":                      &security.Authorization{},
 	"envoy.service.discovery.v3.DeltaDiscoveryRequest":  &discovery.DeltaDiscoveryRequest{},
 	"envoy.service.discovery.v3.DeltaDiscoveryResponse": &discovery.DeltaDiscoveryResponse{},
+	"istio.workload.zds.ZdsHello":                       &zdsapi.ZdsHello{},
+	"istio.workload.zds.WorkloadRequest":                &zdsapi.WorkloadRequest{},
+	"istio.workload.zds.WorkloadResponse":               &zdsapi.WorkloadResponse{},
 }
 
 // complete are those of which we must know every field: in a policy, one that we
-// do not know fails closed.
-var complete = map[protoreflect.FullName]bool{"istio.workload.Address": true, "istio.security.Authorization": true}
+// do not know fails closed, and a node agent's message that we do not know ends the
+// connection.
+var complete = map[protoreflect.FullName]bool{
+	"istio.workload.Address": true, "istio.security.Authorization": true,
+	"istio.workload.zds.ZdsHello": true, "istio.workload.zds.WorkloadRequest": true, "istio.workload.zds.WorkloadResponse": true,
+}
 
 // renamed are fields whose name is not that of the generated code.
 var renamed = map[string]string{"rules": "groups", "clauses": "rules"}
@@ -38,7 +47,8 @@ func ours(t *testing.T) map[protoreflect.FullName]protoreflect.MessageDescriptor
 		Resolver: protocompile.WithStandardImports(&protocompile.SourceResolver{ImportPaths: []string{"../.."}}),
 	}
 	files, err := compiler.Compile(t.Context(),
-		"xds/workloadpb/workload.proto", "xds/securitypb/authorization.proto", "xds/discoverypb/discovery.proto")
+		"xds/workloadpb/workload.proto", "xds/securitypb/authorization.proto", "xds/discoverypb/discovery.proto",
+		"proxy/inpod/zdspb/zds.proto")
 	if err != nil {
 		t.Fatal(err)
 	}
