@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
-	"time"
 )
 
 // ProtocolError says that the agent does not keep to ZDS as we know it: the two
@@ -41,7 +40,7 @@ type Manager struct {
 	opened   chan struct{} // closed by Open
 	draining chan struct{} // closed by Drain
 	look     chan struct{} // one slot: the audit is to look now
-	starts   starts
+	starts   *starts
 	running  sync.WaitGroup // a goroutine for each pod
 
 	reporting sync.Mutex // serialises the calls of Config.Ready; guards reported
@@ -66,7 +65,7 @@ func New(cfg Config) (*Manager, error) {
 		opened:   make(chan struct{}),
 		draining: make(chan struct{}),
 		look:     make(chan struct{}, 1),
-		starts:   make(starts, max(2, runtime.GOMAXPROCS(0))),
+		starts:   newStarts(min(max(2, runtime.GOMAXPROCS(0)), 8)),
 		pods:     map[string]*pod{},
 		ending:   map[*pod]struct{}{},
 		zds:      connection{err: errNotTried},
@@ -166,25 +165,4 @@ func (m *Manager) panicked(ctx context.Context, where string, value any) error {
 	m.log.ErrorContext(ctx, "panic in shared mode; what it happened in is tried again",
 		"in", where, "panic", fmt.Sprint(value), "stack", string(debug.Stack()))
 	return fmt.Errorf("%s: panic: %v", where, value)
-}
-
-// starts bounds how many pods are at work in their namespaces at a time: each
-// takes a thread, and threads that the runtime has made stay.
-type starts chan struct{}
-
-// startPatience is how long a pod waits for others that start. One that hangs
-// must not keep the others from starting.
-const startPatience = 100 * time.Millisecond
-
-// begin waits for its turn, end gives it to the next one.
-func (s starts) begin(ctx context.Context) (end func()) {
-	timer := time.NewTimer(startPatience)
-	defer timer.Stop()
-	select {
-	case s <- struct{}{}:
-		return func() { <-s }
-	case <-timer.C:
-	case <-ctx.Done():
-	}
-	return func() {}
 }

@@ -101,6 +101,9 @@ func (p *pod) wanted(ctx context.Context) bool { return ctx.Err() == nil && !p.m
 // awaitPredecessors waits for the proxies that have the ports, which matters
 // where ports cannot be shared.
 func (p *pod) awaitPredecessors(ctx context.Context) {
+	if len(p.after) == 0 {
+		return
+	}
 	timer := time.NewTimer(predecessorPatience)
 	defer timer.Stop()
 	for _, other := range p.after {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -292,3 +293,48 @@ func TestDeletedBeforeTheGate(t *testing.T) {
 
 // last0 is last for who has the lock.
 func (w *world) last0(uid string) *fakeProxy { return w.made[uid][len(w.made[uid])-1] }
+
+// However many pods wait for the gate, few are at work in their namespaces at a
+// time.
+func TestStartsAreFew(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t)
+		var now, most atomic.Int32
+		w.m.cfg.New = func(pod Pod) (Proxy, error) {
+			p, err := w.newProxy(pod)
+			return &listeningProxy{p.(*fakeProxy), func() {
+				most.Store(max(most.Load(), now.Add(1)))
+				time.Sleep(10 * time.Millisecond)
+				now.Add(-1)
+			}}, err
+		}
+		w.run()
+		c := w.conn()
+		for i := range 100 {
+			accept(t, c.add(fmt.Sprint(i), w.ns(fmt.Sprint(i))))
+		}
+		accept(t, c.sent())
+		began := time.Now()
+		w.m.Open()
+		n := cap(w.m.starts.tokens)
+		time.Sleep(time.Duration((100+n-1)/n) * 10 * time.Millisecond)
+		w.wantReady("")
+		w.wantCounts(100, 0, 100, 0)
+		if got := int(most.Load()); got != n {
+			t.Errorf("%d at a time, want %d", got, n)
+		}
+		if took := time.Since(began); took < startPatience {
+			t.Errorf("took %v: the test means to outlast the patience", took)
+		}
+	})
+}
+
+type listeningProxy struct {
+	*fakeProxy
+	listen func()
+}
+
+func (p *listeningProxy) Listen(ctx context.Context) error {
+	p.listen()
+	return p.fakeProxy.Listen(ctx)
+}
