@@ -14,8 +14,8 @@ import (
 // bound is the Bound of real sockets.
 type bound struct {
 	s    *sockets
-	fd   int // -1 = closed
 	addr netip.AddrPort
+	file *os.File // the socket; nil = closed, or handed over
 }
 
 var _ Bound = (*bound)(nil)
@@ -28,28 +28,24 @@ func (s *sockets) Bind(ctx context.Context, addr netip.AddrPort) (Bound, error) 
 	if !addr.Addr().IsValid() {
 		return nil, bindError(addr, errors.New("no address"))
 	}
-	b := &bound{s: s, fd: -1, addr: s.bindAddr(addr)}
-	if err := s.inside(b.bind); err != nil {
+	b := &bound{s: s, addr: s.bindAddr(addr)}
+	if err := s.inside(ctx, b.bind); err != nil {
 		return nil, bindError(b.addr, errors.Join(err, b.Close()))
 	}
 	return b, nil
 }
 
+// bind opens the socket and gives it its address.
 func (b *bound) bind() error {
-	family := unix.AF_INET
-	if b.addr.Addr().Is6() {
-		family = unix.AF_INET6
-	}
-	fd, err := streamSocket(family)
+	fd, err := b.open()
 	if err != nil {
 		return os.NewSyscallError("socket", err)
 	}
-	b.fd = fd
-	// What net sets on its own for a listener, so that both get the same answer.
+	b.file = os.NewFile(uintptr(fd), "") // it blocks; package net changes that when it takes over
 	if err := setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 		return fmt.Errorf("set SO_REUSEADDR: %w", err)
 	}
-	if b.addr.Addr().IsUnspecified() && b.addr.Addr().Is6() {
+	if b.addr.Addr() == netip.IPv6Unspecified() { // whatever net.ipv6.bindv6only says here
 		if err := setInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0); err != nil {
 			return fmt.Errorf("clear IPV6_V6ONLY: %w", err)
 		}
@@ -60,6 +56,26 @@ func (b *bound) bind() error {
 	if err := unix.Bind(fd, sockaddr(b.addr)); err != nil {
 		return os.NewSyscallError("bind", err)
 	}
+	if b.addr.Port() == 0 {
+		return b.takePort(fd)
+	}
+	return nil
+}
+
+func (b *bound) open() (fd int, err error) {
+	if b.addr.Addr().Is4() {
+		return streamSocket(unix.AF_INET)
+	}
+	fd, err = streamSocket(unix.AF_INET6)
+	if withoutIPv6(b.addr, err) {
+		b.addr = wildcard4(b.addr.Port())
+		return streamSocket(unix.AF_INET)
+	}
+	return fd, err
+}
+
+// takePort learns which port the kernel has chosen.
+func (b *bound) takePort(fd int) error {
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
 		return os.NewSyscallError("getsockname", err)
@@ -76,31 +92,63 @@ func (b *bound) bind() error {
 // Addr implements Bound.
 func (b *bound) Addr() netip.AddrPort { return b.addr }
 
-// Listen implements Bound by Network.Listen on the port that is held. It lets go
-// of it if that succeeds: sockets that reuse an address may share it as long as
-// at most one of them listens.
+// Listen implements Bound, on the socket that is held. It does not block.
 func (b *bound) Listen(ctx context.Context) (Listener, error) {
-	if b.fd < 0 {
+	if err := ctx.Err(); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	if b.file == nil {
 		return nil, bindError(b.addr, net.ErrClosed)
 	}
-	ln, err := b.s.Listen(ctx, b.addr)
+	l := &tcpListener{addr: b.addr, s: b.s}
+	if err := control(rawFile{b.file}, func(fd int) (err error) {
+		if l.transparent, err = b.s.makeTransparent(fd); err != nil {
+			return err
+		}
+		return os.NewSyscallError("listen", unix.Listen(fd, b.s.opt.backlog))
+	}); err != nil {
+		return nil, bindError(b.addr, err)
+	}
+	ln, err := net.FileListener(b.file) // a duplicate
 	if err != nil {
-		return nil, err
+		// Nobody would accept: the port is held and no more, as before.
+		return nil, bindError(b.addr, errors.Join(err, control(rawFile{b.file}, func(fd int) error {
+			return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_RD))
+		})))
 	}
-	if err := b.Close(); err != nil {
-		return nil, errors.Join(bindError(b.addr, err), ln.Close())
-	}
-	return ln, nil
+	l.ln = ln.(*net.TCPListener)
+	_ = b.Close() // of a duplicate: it has nothing to tell
+	return l, nil
 }
 
 // Close implements Bound.
 func (b *bound) Close() error {
-	if b.fd < 0 {
+	if b.file == nil {
 		return nil
 	}
-	fd := b.fd
-	b.fd = -1
-	return os.NewSyscallError("close", unix.Close(fd))
+	f := b.file
+	b.file = nil
+	return f.Close()
+}
+
+// control runs f on the descriptor of c.
+func control(c interface{ Control(func(fd uintptr)) error }, f func(fd int) error) error {
+	var err error
+	if cerr := c.Control(func(fd uintptr) { err = f(int(fd)) }); cerr != nil {
+		return cerr
+	}
+	return err
+}
+
+// rawFile lets control use a file without switching it to blocking mode.
+type rawFile struct{ f *os.File }
+
+func (r rawFile) Control(f func(fd uintptr)) error {
+	c, err := r.f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return c.Control(f)
 }
 
 func sockaddr(a netip.AddrPort) unix.Sockaddr {

@@ -92,7 +92,8 @@ type options struct {
 	ipv6           bool
 	backlog        int
 	connectTimeout time.Duration
-	enter          func(func() error) error // runs a function inside the namespace; nil = we are in it
+	enter          func(func() error) error   // runs a function inside the namespace; nil = we live in it
+	visited        func(context.Context) bool // tells whether the calling thread is inside already
 }
 
 // sockets is the Network over real sockets that Host and Pod share.
@@ -117,8 +118,8 @@ func newSockets(opt options, log *slog.Logger) sockets {
 
 // inside runs f in the namespace of the sockets. f must open sockets and no
 // more: it holds an operating system thread.
-func (s *sockets) inside(f func() error) error {
-	if s.opt.enter == nil {
+func (s *sockets) inside(ctx context.Context, f func() error) error {
+	if s.opt.enter == nil || s.opt.visited != nil && s.opt.visited(ctx) {
 		return f()
 	}
 	return s.opt.enter(f)
@@ -127,36 +128,29 @@ func (s *sockets) inside(f func() error) error {
 // Listen implements Network. Its errors read
 // "failed to bind to address <addr>: <io error>". It does not block.
 func (s *sockets) Listen(ctx context.Context, addr netip.AddrPort) (Listener, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, context.Cause(ctx)
-	}
-	if !addr.Addr().IsValid() {
-		return nil, bindError(addr, errors.New("no address"))
-	}
-	addr = s.bindAddr(addr)
-	lc := net.ListenConfig{
-		KeepAlive: -1, // set in listenControl and inherited by accepted sockets
-		Control:   s.listenControl(addr),
-	}
-	lc.SetMultipathTCP(false)
-	var ln net.Listener
-	err := s.inside(func() (err error) {
-		ln, err = lc.Listen(ctx, "tcp", addr.String())
-		return err
-	})
+	b, err := s.Bind(ctx, addr)
 	if err != nil {
-		return nil, bindError(addr, err)
+		return nil, err
 	}
-	l := &tcpListener{
-		ln:    ln.(*net.TCPListener),
-		addr:  netip.AddrPortFrom(addr.Addr(), addrPort(ln.Addr()).Port()),
-		guard: s.guard,
-		log:   s.log,
-	}
-	if l.transparent, err = s.finishListener(l.ln); err != nil {
-		return nil, errors.Join(bindError(addr, err), ln.Close())
+	l, err := b.Listen(ctx)
+	if err != nil {
+		return nil, errors.Join(err, b.Close())
 	}
 	return l, nil
+}
+
+// keepalive is the setting of accepted connections, which package net has given
+// its own: nine probes, among others.
+func (s *sockets) keepalive() net.KeepAliveConfig {
+	k := s.opt.keepalive
+	cfg := net.KeepAliveConfig{Enable: k.Enabled, Idle: k.Time, Interval: k.Interval, Count: k.Retries}
+	if !k.Enabled || k.Retries == 9 {
+		cfg.Count = -1
+	}
+	if !k.Enabled {
+		cfg.Idle, cfg.Interval = -1, -1
+	}
+	return cfg
 }
 
 // bindAddr is the address that a Listen on addr binds.
@@ -167,6 +161,15 @@ func (s *sockets) bindAddr(addr netip.AddrPort) netip.AddrPort {
 	}
 	return netip.AddrPortFrom(ip, addr.Port())
 }
+
+// withoutIPv6 tells whether addr can't be had for the only reason that the kernel
+// was booted without IPv6: its wildcard is that of IPv4 then. Where IPv6 is merely
+// switched off (net.ipv6.conf.all.disable_ipv6), [::] takes IPv4 connections.
+func withoutIPv6(addr netip.AddrPort, err error) bool {
+	return addr.Addr() == netip.IPv6Unspecified() && errors.Is(err, syscall.EAFNOSUPPORT)
+}
+
+func wildcard4(port uint16) netip.AddrPort { return netip.AddrPortFrom(netip.IPv4Unspecified(), port) }
 
 // ListenPacket implements Network. A socket without a port of its own is an
 // outgoing one and gets the mark of those.
@@ -179,10 +182,14 @@ func (s *sockets) ListenPacket(ctx context.Context, addr netip.AddrPort) (net.Pa
 	}
 	addr = s.bindAddr(addr)
 	var pc net.PacketConn
-	err := s.inside(func() error {
+	err := s.inside(ctx, func() error {
 		lc := net.ListenConfig{Control: s.packetControl(addr)}
 		var err error
 		pc, err = lc.ListenPacket(ctx, "udp", addr.String())
+		if withoutIPv6(addr, err) {
+			addr = wildcard4(addr.Port())
+			pc, err = lc.ListenPacket(ctx, "udp", addr.String())
+		}
 		return err
 	})
 	if err != nil {

@@ -1,11 +1,14 @@
 package netns
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"runtime"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -58,6 +61,7 @@ func NewPod(ns *os.File, cfg PodConfig) (*Pod, error) {
 		backlog:        cfg.Backlog,
 		connectTimeout: cfg.ConnectTimeout,
 		enter:          p.Do,
+		visited:        p.visited,
 	}, cfg.Logger)
 	return p, nil
 }
@@ -67,26 +71,52 @@ func NewPod(ns *os.File, cfg PodConfig) (*Pod, error) {
 // /proc/sys/net are what it is for. Do is safe for concurrent use.
 func (p *Pod) Do(f func() error) error {
 	done := make(chan error, 1)
-	go func() { done <- p.do(f) }()
+	go func() { done <- p.enterAndLeave(f) }()
 	return <-done
 }
 
-// do runs in a goroutine of its own, whose thread dies with it if it can't be
+// Visit is for opening several sockets: f runs in the pod's namespace as with Do,
+// and what it opens through p with the context that it gets is opened right
+// there, on the thread that it runs on. Entering the namespace for each socket
+// costs about as much as the socket. f may wait, though a thread waits with it.
+func (p *Pod) Visit(ctx context.Context, f func(ctx context.Context) error) error {
+	return p.Do(func() error {
+		v := &visit{pod: p, thread: unix.Gettid()}
+		defer v.over.Store(true)
+		return f(context.WithValue(ctx, visitKey{}, v))
+	})
+}
+
+type visitKey struct{}
+
+// visit is a Visit that is under way. Only its own goroutine runs on its thread,
+// which is locked: whoever else has the context is told apart by that.
+type visit struct {
+	pod    *Pod
+	thread int
+	over   atomic.Bool
+}
+
+// visited tells whether the caller is in a Visit of p, on its thread.
+func (p *Pod) visited(ctx context.Context) bool {
+	v, ok := ctx.Value(visitKey{}).(*visit)
+	return ok && v.pod == p && !v.over.Load() && v.thread == unix.Gettid()
+}
+
+// enterAndLeave runs in a goroutine of its own, whose thread dies with it if it can't be
 // put back: a locked thread is not reused.
-func (p *Pod) do(f func() error) error {
-	runtime.LockOSThread()
-	home, err := os.Open("/proc/thread-self/ns/net")
+func (p *Pod) enterAndLeave(f func() error) error {
+	back, err := home.open()
 	if err != nil {
-		runtime.UnlockOSThread()
 		return fmt.Errorf("open own network namespace: %w", err)
 	}
-	defer func() { _ = home.Close() }()
+	runtime.LockOSThread()
 	if err := setns(p.ns); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter network namespace of pod: %w", err)
 	}
 	ferr := f()
-	if err := setns(home); err != nil {
+	if err := setns(back); err != nil {
 		p.log.Error("thread can't leave the network namespace of a pod, ending it", "error", err)
 		return ferr
 	}
@@ -94,19 +124,31 @@ func (p *Pod) do(f func() error) error {
 	return ferr
 }
 
+// home is the network namespace that the process was started in. It is opened
+// once: that costs more than a visit does otherwise.
+var home ownNamespace
+
+type ownNamespace struct {
+	mu   sync.Mutex // guards file
+	file *os.File   // nil = not opened yet; never closed
+}
+
+// open must be called by a goroutine that has locked no thread. Those that are
+// free are all at home: one that is not is locked, and the runtime starts no
+// thread from a locked one.
+func (o *ownNamespace) open() (*os.File, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.file != nil {
+		return o.file, nil
+	}
+	f, err := os.Open("/proc/thread-self/ns/net")
+	o.file = f
+	return f, err
+}
+
 func setns(f *os.File) error {
 	return control(rawFile{f}, func(fd int) error {
 		return os.NewSyscallError("setns", unix.Setns(fd, unix.CLONE_NEWNET))
 	})
-}
-
-// rawFile lets control use a file without switching it to blocking mode.
-type rawFile struct{ f *os.File }
-
-func (r rawFile) Control(f func(fd uintptr)) error {
-	c, err := r.f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return c.Control(f)
 }

@@ -1,8 +1,10 @@
 package netns
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -21,7 +23,7 @@ const testMark = 0x539
 
 // requireRoot skips without root, except where such a skip would hide that a
 // test never runs.
-func requireRoot(t *testing.T) {
+func requireRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() == 0 {
 		return
@@ -34,7 +36,7 @@ func requireRoot(t *testing.T) {
 
 // newNamespace makes a network namespace that ends with the test. Its loopback
 // interface has 10.1.0.1 and fd00::1 besides, and is the way to everywhere.
-func newNamespace(t *testing.T) *os.File {
+func newNamespace(t testing.TB) *os.File {
 	t.Helper()
 	requireRoot(t)
 	ns, err := unshareNetwork()
@@ -73,7 +75,7 @@ func unshareNetwork() (*os.File, error) {
 }
 
 // command runs a program inside ns: a child starts where its thread is.
-func command(t *testing.T, ns *os.File, line string) {
+func command(t testing.TB, ns *os.File, line string) {
 	t.Helper()
 	pod, err := NewPod(ns, PodConfig{})
 	if err != nil {
@@ -91,7 +93,7 @@ func command(t *testing.T, ns *os.File, line string) {
 	}
 }
 
-func newPod(t *testing.T, ns *os.File, cfg PodConfig) *Pod {
+func newPod(t testing.TB, ns *os.File, cfg PodConfig) *Pod {
 	t.Helper()
 	p, err := NewPod(ns, cfg)
 	if err != nil {
@@ -383,6 +385,64 @@ func dropNetAdmin(t *testing.T) {
 	data[0].Effective &^= 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW
 	if err := unix.Capset(&hdr, &data[0]); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Several sockets in one visit, and none of them elsewhere when the context gets
+// out of it.
+func TestVisit(t *testing.T) {
+	p, other := newPod(t, newNamespace(t), PodConfig{IPv6Enabled: true}), newPod(t, newNamespace(t), PodConfig{IPv6Enabled: true})
+	addr := netip.MustParseAddrPort("[::]:15008")
+	var kept context.Context
+	var lns [3]Listener
+	err := p.Visit(t.Context(), func(ctx context.Context) (err error) {
+		kept = ctx
+		thread := unix.Gettid()
+		if err := p.inside(ctx, func() error {
+			if got := unix.Gettid(); got != thread {
+				t.Errorf("entered again, on thread %d", got)
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+		if lns[0], err = p.Listen(ctx, addr); err != nil {
+			return err
+		}
+		if lns[1], err = other.Listen(ctx, addr); err != nil { // not the namespace that we are in
+			return err
+		}
+		done := make(chan error, 1)
+		go func() { // not the thread that is there
+			done <- p.inside(ctx, func() error {
+				if unix.Gettid() == thread {
+					t.Error("another goroutine is on the thread of the visit")
+				}
+				return nil
+			})
+		}()
+		return <-done
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Listen(kept, addr); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("after the visit: got %v, want %v", err, syscall.EADDRINUSE)
+	}
+	if lns[2], err = p.Listen(kept, netip.MustParseAddrPort("[::]:15006")); err != nil {
+		t.Fatal(err)
+	}
+	dst := netip.MustParseAddrPort("10.1.0.1:15008")
+	for _, tc := range []struct {
+		p   *Pod
+		ln  Listener
+		dst netip.AddrPort
+	}{{p, lns[0], dst}, {other, lns[1], dst}, {p, lns[2], netip.MustParseAddrPort("10.1.0.1:15006")}} {
+		defer tc.ln.Close()
+		connect(t, tc.p, netip.Addr{}, tc.ln, tc.dst)
+	}
+	if err := p.Visit(t.Context(), func(context.Context) error { return io.ErrUnexpectedEOF }); err != io.ErrUnexpectedEOF {
+		t.Errorf("got %v, want %v", err, io.ErrUnexpectedEOF)
 	}
 }
 

@@ -14,50 +14,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// streamSocket opens a TCP socket, without MPTCP, that does not block.
+// streamSocket opens a TCP socket, not an MPTCP one.
 func streamSocket(family int) (fd int, err error) {
-	return unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-}
-
-// listenControl runs between socket and bind.
-func (s *sockets) listenControl(addr netip.AddrPort) func(string, string, syscall.RawConn) error {
-	return func(_, _ string, c syscall.RawConn) error {
-		return control(c, func(fd int) error { return s.setListenOptions(fd, addr) })
-	}
+	return unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 }
 
 // setListenOptions configures a socket that will listen. Accepted sockets
-// inherit keepalive, user timeout and mark, which saves system calls per
-// connection.
+// inherit user timeout and mark, which saves system calls per connection.
 func (s *sockets) setListenOptions(fd int, addr netip.AddrPort) error {
 	if s.opt.reusePort {
 		if err := setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
 			s.log.Warn("listener can't share its port", "address", addr, "error", err)
 		}
 	}
-	s.setTCPOptions(fd)
+	if t := s.opt.userTimeout; t > 0 {
+		_ = setInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(t.Milliseconds()))
+	}
 	return setMark(fd, s.opt.listenMark)
 }
 
-// finishListener does what comes after bind and listen.
-func (s *sockets) finishListener(ln syscall.Conn) (transparent bool, err error) {
-	c, err := ln.SyscallConn()
-	if err != nil {
-		return false, err
-	}
-	err = control(c, func(fd int) error {
-		// A second listen changes the backlog, for which net takes somaxconn.
-		if err := unix.Listen(fd, s.opt.backlog); err != nil {
-			return os.NewSyscallError("listen", err)
-		}
-		transparent, err = s.makeTransparent(fd)
-		return err
-	})
-	return transparent, err
-}
-
-// setTCPOptions sets what every TCP socket has. Keepalive and user timeout
-// are worth trying and no reason to fail.
+// setTCPOptions sets what every TCP socket that connects has. Keepalive and user
+// timeout are worth trying and no reason to fail.
 func (s *sockets) setTCPOptions(fd int) {
 	_ = setInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	if k := s.opt.keepalive; k.Enabled {
@@ -88,10 +65,10 @@ func (s *sockets) makeTransparent(fd int) (bool, error) {
 // socket from there in the place of the one that net opened here, which is
 // neither connected nor known to the poller yet.
 func (s *sockets) dialControl(src netip.Addr) func(context.Context, string, string, syscall.RawConn) error {
-	return func(_ context.Context, network, _ string, c syscall.RawConn) error {
+	return func(ctx context.Context, network, _ string, c syscall.RawConn) error {
 		return control(c, func(fd int) error {
 			if s.opt.enter != nil {
-				if err := s.replaceSocket(fd, network); err != nil {
+				if err := s.replaceSocket(ctx, fd, network); err != nil {
 					return err
 				}
 			}
@@ -105,14 +82,14 @@ func (s *sockets) dialControl(src netip.Addr) func(context.Context, string, stri
 	}
 }
 
-func (s *sockets) replaceSocket(fd int, network string) error {
+func (s *sockets) replaceSocket(ctx context.Context, fd int, network string) error {
 	family := unix.AF_INET
 	if network == "tcp6" {
 		family = unix.AF_INET6
 	}
 	var inside int
-	err := s.inside(func() (err error) {
-		inside, err = streamSocket(family)
+	err := s.inside(ctx, func() (err error) {
+		inside, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 		return os.NewSyscallError("socket", err)
 	})
 	if err != nil {
@@ -164,14 +141,6 @@ func (s *sockets) packetControl(addr netip.AddrPort) func(string, string, syscal
 			return setMark(fd, mark)
 		})
 	}
-}
-
-func control(c interface{ Control(func(fd uintptr)) error }, f func(fd int) error) error {
-	var err error
-	if cerr := c.Control(func(fd uintptr) { err = f(int(fd)) }); cerr != nil {
-		return cerr
-	}
-	return err
 }
 
 func setInt(fd, level, name, value int) error {

@@ -23,9 +23,6 @@ func streamSocket(family int) (fd int, err error) {
 		return -1, err
 	}
 	unix.CloseOnExec(fd)
-	if err := unix.SetNonblock(fd, true); err != nil {
-		return -1, errors.Join(err, unix.Close(fd))
-	}
 	return fd, nil
 }
 
@@ -35,11 +32,7 @@ func setInt(fd, level, name, value int) error {
 	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, level, name, value))
 }
 
-func (s *sockets) listenControl(netip.AddrPort) func(string, string, syscall.RawConn) error {
-	return nil
-}
-
-func (s *sockets) finishListener(syscall.Conn) (transparent bool, err error) {
+func (s *sockets) makeTransparent(int) (bool, error) {
 	if s.opt.originalSource == OriginalSourceRequired {
 		return false, fmt.Errorf("original source: %w", errors.ErrUnsupported)
 	}

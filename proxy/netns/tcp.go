@@ -4,14 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // tcpConn is a Conn over a socket of the kernel.
@@ -151,58 +148,8 @@ func (c *tcpConn) OriginalDst() (netip.AddrPort, error) {
 		return netip.AddrPort{}, fmt.Errorf("original destination of %v: %w", c.remote, err)
 	}
 	if !c.accepted.transparent {
-		c.accepted.log.Warn("original destination unknown, using the local address",
+		c.accepted.s.log.Warn("original destination unknown, using the local address",
 			"src.addr", c.remote, "local", c.local, "error", err)
 	}
 	return c.local, nil
 }
-
-// tcpListener is a Listener over a socket of the kernel.
-type tcpListener struct {
-	ln          *net.TCPListener
-	addr        netip.AddrPort
-	transparent bool
-	guard       *loopGuard
-	log         *slog.Logger
-}
-
-var (
-	_ Listener       = (*tcpListener)(nil)
-	_ Checker        = (*tcpListener)(nil)
-	_ DeadlineSetter = (*tcpListener)(nil)
-)
-
-func (l *tcpListener) Accept() (Conn, error) {
-	tcp, err := l.ln.AcceptTCP()
-	if err != nil {
-		return nil, err
-	}
-	c, err := newTCPConn(tcp, l)
-	if err != nil {
-		return nil, errors.Join(err, tcp.Close())
-	}
-	c.guard = l.guard
-	return c, nil
-}
-
-func (l *tcpListener) Close() error                  { return l.ln.Close() }
-func (l *tcpListener) Addr() netip.AddrPort          { return l.addr }
-func (l *tcpListener) Transparent() bool             { return l.transparent }
-func (l *tcpListener) SetDeadline(t time.Time) error { return l.ln.SetDeadline(t) }
-
-// Listening implements Checker by SO_ACCEPTCONN.
-func (l *tcpListener) Listening() bool {
-	c, err := l.ln.SyscallConn()
-	if err != nil {
-		return false
-	}
-	listens := 0
-	cerr := c.Control(func(fd uintptr) {
-		listens, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
-	})
-	return cerr == nil && err == nil && listens != 0
-}
-
-// SyscallConn implements syscall.Conn, for those who steer a group of
-// listeners that share a port.
-func (l *tcpListener) SyscallConn() (syscall.RawConn, error) { return l.ln.SyscallConn() }
