@@ -414,7 +414,7 @@ func TestInnerTunnelOutlivesTightBudget(t *testing.T) {
 		}
 		w.wantDialled(2, 1)
 		held.Close()
-		for _, c := range append(slow, conns[:]...) {
+		for _, c := range append(conns[:], slow...) { // the readers first: the others make room for more
 			_ = c.Abort()
 		}
 		reading.Wait()

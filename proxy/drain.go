@@ -35,6 +35,7 @@ func (p *Proxy) Drain() {
 	close(p.draining)
 	if !p.running {
 		p.close()
+		p.drainDNS()
 	}
 }
 
@@ -44,6 +45,7 @@ func (p *Proxy) Drain() {
 func (p *Proxy) drain(ctx context.Context) {
 	p.awaitHeir(ctx)
 	p.server.GoAway()
+	p.drainDNS()
 	p.serveQueues(ctx)
 	p.closeListeners()
 	p.server.Drain()

@@ -15,7 +15,8 @@ import (
 
 	"github.com/ztunnel-go/ztunnel/ca"
 	"github.com/ztunnel-go/ztunnel/ca/local"
-	"github.com/ztunnel-go/ztunnel/proxy/netns/memnet"
+	"github.com/ztunnel-go/ztunnel/proxy/dns"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
 )
 
@@ -32,7 +33,7 @@ type fleet struct {
 }
 
 // newFleet makes the proxies of n pods. Nothing is running but the certificates.
-func newFleet(tb testing.TB, n int) *fleet {
+func newFleet(tb testing.TB, n int, withDNS bool) *fleet {
 	tb.Helper()
 	root, err := local.Open(local.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("cluster.local")})
 	if err != nil {
@@ -43,21 +44,25 @@ func newFleet(tb testing.TB, n int) *fleet {
 	certs := ca.NewManager(one{root.Provider()}, ca.ManagerConfig{})
 	f.parts.Go(func() { _ = certs.Run(ctx) })
 	var world state.Update
-	metrics := NewMetrics(prometheus.NewRegistry(), MetricsConfig{})
-	network := memnet.New(memnet.Config{})
+	metrics, names, limits := NewMetrics(prometheus.NewRegistry(), MetricsConfig{}), dns.NewMetrics(prometheus.NewRegistry()), dns.NewLimits(0, 0)
+	network := netns.NewHost(netns.HostConfig{})
+	any := netip.MustParseAddrPort("127.0.0.1:0") // as good as a pod's, and free
 	for i := range n {
 		name, addr := fmt.Sprintf("pod-%d", i), netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})
 		world.Workloads = append(world.Workloads, state.WorkloadUpdate{Workload: &state.Workload{
 			UID: "cluster//Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name, TrustDomain: "cluster.local",
 			Node: "node", IPs: []netip.Addr{addr}, Protocol: state.HBONE, Capacity: 1,
 		}})
-		p, err := New(Config{
-			Network: network.Host(addr), Store: f.store, Certs: certs, Metrics: metrics,
+		cfg := Config{
+			Network: network, Store: f.store, Certs: certs, Metrics: metrics,
 			Local:        state.Ref{Namespace: "default", Name: name, ServiceAccount: name},
-			OutboundAddr: netip.MustParseAddrPort("[::]:15001"), InboundAddr: netip.MustParseAddrPort("[::]:15008"),
-			PassthroughAddr: netip.MustParseAddrPort("[::]:15006"), SOCKSAddr: netip.MustParseAddrPort("127.0.0.1:15080"),
+			OutboundAddr: any, InboundAddr: any, PassthroughAddr: any, SOCKSAddr: any,
 			Verify: func(context.Context, *state.Workload) error { return nil },
-		})
+		}
+		if withDNS {
+			cfg.DNS = &dns.ServerConfig{Addrs: []netip.AddrPort{any, netip.MustParseAddrPort("127.0.0.2:0")}, Metrics: names, Limits: limits}
+		}
+		p, err := New(cfg)
 		if err != nil {
 			tb.Fatal(err)
 		}
@@ -112,29 +117,37 @@ func memory() float64 {
 	return float64(m.HeapInuse + m.StackInuse)
 }
 
-// BenchmarkIdlePods is what 110 pods cost that nobody speaks to, per pod: of the
-// 150 KB that one may cost with everything, its DNS server and the node agent's
-// connection included.
+// BenchmarkIdlePods is what a pod costs that nobody speaks to, on a node that is
+// full of them, without its DNS server and with it: a part of the 150 KB that it
+// may cost with everything.
 func BenchmarkIdlePods(b *testing.B) {
-	const bound = 60 << 10
-	var made, bound1, running, goroutines float64
-	for b.Loop() {
-		before, routines := memory(), runtime.NumGoroutine()
-		f := newFleet(b, podsPerNode)
-		m0 := memory()
-		f.listen(b)
-		m1 := memory()
-		f.run(b)
-		m2 := memory()
-		goroutines = float64(runtime.NumGoroutine()-routines) / podsPerNode
-		made, bound1, running = (m0-before)/podsPerNode, (m1-m0)/podsPerNode, (m2-m1)/podsPerNode
-		f.end()
-	}
-	b.ReportMetric(made/1024, "new-KiB/pod")
-	b.ReportMetric(bound1/1024, "listen-KiB/pod")
-	b.ReportMetric(running/1024, "run-KiB/pod")
-	b.ReportMetric(goroutines, "goroutines/pod")
-	if total := made + bound1 + running; total > bound {
-		b.Errorf("an idle pod costs %.0f bytes, want at most %d", total, bound)
+	for _, tt := range []struct {
+		name  string
+		dns   bool
+		bound float64
+	}{{"proxy", false, 60 << 10}, {"dns", true, 90 << 10}} {
+		b.Run(tt.name, func(b *testing.B) {
+			var made, opened, served float64
+			var routines int
+			for b.Loop() {
+				before, others := memory(), runtime.NumGoroutine()
+				f := newFleet(b, podsPerNode, tt.dns)
+				m0 := memory()
+				f.listen(b)
+				m1 := memory()
+				f.run(b)
+				m2 := memory()
+				routines = runtime.NumGoroutine() - others
+				made, opened, served = (m0-before)/podsPerNode, (m1-m0)/podsPerNode, (m2-m1)/podsPerNode
+				f.end()
+			}
+			b.ReportMetric(made/1024, "new-KiB/pod")
+			b.ReportMetric(opened/1024, "listen-KiB/pod")
+			b.ReportMetric(served/1024, "run-KiB/pod")
+			b.ReportMetric(float64(routines)/podsPerNode, "goroutines/pod")
+			if total := made + opened + served; total > tt.bound {
+				b.Errorf("an idle pod costs %.0f bytes, want at most %.0f", total, tt.bound)
+			}
+		})
 	}
 }

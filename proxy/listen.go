@@ -54,28 +54,22 @@ func (p *Proxy) setEntries() {
 
 // Bind takes the TCP ports, all or none, and does not listen on them: a
 // connection to them is refused, so that another process may serve them until
-// Listen (decision D13). After an error or Drain, and when it was called before,
-// the Proxy holds nothing. Without Bind, Listen binds.
+// Listen (decision D13). Without Bind, Listen binds. After an error nothing is
+// held, and a Proxy with a DNS server is of no more use; after Drain it is
+// ErrDraining.
 func (p *Proxy) Bind(ctx context.Context) error {
 	bounds := make([]netns.Bound, 0, len(p.entries))
-	var err error
-	for _, e := range p.entries {
-		var b netns.Bound
-		if b, err = p.cfg.Network.Bind(ctx, e.addr); err != nil {
-			err = fmt.Errorf("%s listener: %w", e.component, err)
-			break
-		}
-		bounds = append(bounds, b)
-	}
+	err := p.bind(ctx, &bounds)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err == nil && p.drained {
+	if p.drained {
 		err = ErrDraining
 	}
 	if err != nil {
 		for _, b := range bounds {
 			b.Close()
 		}
+		p.drainDNS()
 		return err
 	}
 	for i, e := range p.entries {
@@ -84,9 +78,26 @@ func (p *Proxy) Bind(ctx context.Context) error {
 	return nil
 }
 
-// Listen listens on what Bind took, or binds and listens, all or none. The
-// listeners accept into the kernel's queue until Run serves them. After an error
-// the Proxy holds nothing. After Drain it is an error.
+func (p *Proxy) bind(ctx context.Context, bounds *[]netns.Bound) error {
+	if p.dns != nil {
+		if err := p.dns.Bind(ctx); err != nil {
+			return err
+		}
+	}
+	for _, e := range p.entries {
+		b, err := p.cfg.Network.Bind(ctx, e.addr)
+		if err != nil {
+			return fmt.Errorf("%s listener: %w", e.component, err)
+		}
+		*bounds = append(*bounds, b)
+	}
+	return nil
+}
+
+// Listen listens on what Bind took, or binds and listens, and binds the UDP
+// sockets of the DNS server, all or none. What comes waits in the kernel's queues
+// until Run serves it. Its errors are those of Bind. Whoever does not go on to Run
+// calls Drain.
 func (p *Proxy) Listen(ctx context.Context) error {
 	p.mu.Lock()
 	bounds := make([]netns.Bound, len(p.entries))
@@ -102,7 +113,7 @@ func (p *Proxy) Listen(ctx context.Context) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err == nil && p.drained {
+	if p.drained {
 		err = ErrDraining
 	}
 	if err != nil {
@@ -114,8 +125,10 @@ func (p *Proxy) Listen(ctx context.Context) error {
 		for _, ln := range listeners {
 			ln.Close()
 		}
+		p.drainDNS()
 		return err
 	}
+	p.opened = true
 	for i, e := range p.entries {
 		e.ln, e.transparent = listeners[i], listeners[i].Transparent()
 		p.log.InfoContext(ctx, "listener established", "address", e.ln.Addr(), "component", e.component, "transparent", e.transparent)
@@ -124,6 +137,11 @@ func (p *Proxy) Listen(ctx context.Context) error {
 }
 
 func (p *Proxy) listen(ctx context.Context, bounds []netns.Bound, listeners *[]netns.Listener) error {
+	if p.dns != nil {
+		if err := p.dns.Listen(ctx); err != nil {
+			return err
+		}
+	}
 	for i, e := range p.entries {
 		var ln netns.Listener
 		var err error
@@ -138,6 +156,13 @@ func (p *Proxy) listen(ctx context.Context, bounds []netns.Bound, listeners *[]n
 		*listeners = append(*listeners, ln)
 	}
 	return nil
+}
+
+// drainDNS lets the DNS server end. Before it runs, that closes it.
+func (p *Proxy) drainDNS() {
+	if p.dns != nil {
+		p.dns.Drain()
+	}
 }
 
 // opened is an entry with its listener.
@@ -189,6 +214,9 @@ func (p *Proxy) Check() error {
 		if l, ok := o.ln.(netns.Checker); ok && !l.Listening() {
 			gone = append(gone, fmt.Errorf("%s listener: the socket at %s listens no more", o.component, o.ln.Addr()))
 		}
+	}
+	if p.dns != nil {
+		gone = append(gone, p.dns.Check())
 	}
 	return errors.Join(gone...)
 }

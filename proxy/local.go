@@ -80,6 +80,8 @@ func (p *Proxy) knownOrStandIn(ctx context.Context) (*state.Workload, error) {
 		return w, nil
 	case p.standIn.used.Load():
 		return p.standIn.workload, nil
+	case ctx.Err() != nil:
+		return nil, context.Cause(ctx)
 	}
 	w, err := p.awaitLocal(ctx, min(standInWait, p.cfg.WorkloadWait))
 	if err == nil || ctx.Err() != nil {

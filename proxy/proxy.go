@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/proxy/dns"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
@@ -73,6 +74,11 @@ type Config struct {
 	Resolve        func(ctx context.Context, host string) ([]netip.Addr, error)
 	ResolveTimeout time.Duration // 0: 10 s
 
+	// DNS is that of the pod's DNS server, as far as it is not the proxy's to say: New
+	// sets Store, Local, Network and Panicked, and Logger if it is nil. Nil: there is
+	// no such server.
+	DNS *dns.ServerConfig
+
 	// Verify is asked before anything is done in the name of the local workload,
 	// except naming it to the pod's own DNS queries (decision D13): an error
 	// refuses the connection. A nil answer holds for that object of the store, an
@@ -107,7 +113,8 @@ type Proxy struct {
 	handshakes *handshakes
 	lookUps    *lookUps
 	standIn    standIn
-	names      nameResolver // of SOCKS5 requests; nil: without DNS
+	dns        *dns.Server  // nil: none
+	names      nameResolver // of SOCKS5 requests: dns; nil: none
 	verifier   verifier
 
 	identity leaseHolder
@@ -122,6 +129,7 @@ type Proxy struct {
 
 	mu      sync.Mutex // guards what follows, and what an entry holds
 	drained bool
+	opened  bool // by Listen
 	running bool
 }
 
@@ -159,10 +167,13 @@ func New(cfg Config) (*Proxy, error) {
 		verifier:   verifier{ask: cfg.Verify, turn: make(chan struct{}, 1)},
 		draining:   make(chan struct{}),
 	}
-	if p.setEntries(); len(p.entries) == 0 {
+	p.standIn.workload = local
+	if err := p.setDNS(); err != nil {
+		return nil, err
+	}
+	if p.setEntries(); len(p.entries) == 0 && p.dns == nil {
 		return nil, errors.New("proxy: there is nothing to serve: no listener has an address")
 	}
-	p.standIn.workload = local
 	p.identity.cfg, p.identity.standIn = &p.cfg, local
 	p.pool = hbone.NewPool(hbone.PoolConfig[poolKey]{
 		Config:      cfg.HBONE,
@@ -176,6 +187,25 @@ func New(cfg Config) (*Proxy, error) {
 	return p, nil
 }
 
+// setDNS makes the DNS server.
+func (p *Proxy) setDNS() (err error) {
+	if p.cfg.DNS == nil {
+		return nil
+	}
+	cfg := *p.cfg.DNS
+	// What the pod is told of names needs no proof of who it is (decision D13).
+	cfg.Store, cfg.Local, cfg.Network = p.cfg.Store, p.knownOrStandIn, p.cfg.Network
+	cfg.Panicked = p.cfg.Metrics.panics.Inc
+	if cfg.Logger == nil {
+		cfg.Logger = p.cfg.Log
+	}
+	if p.dns, err = dns.NewServer(cfg); err != nil {
+		return fmt.Errorf("proxy: %w", err)
+	}
+	p.names = p.dns
+	return nil
+}
+
 // Connections is a snapshot for the dump.
 func (p *Proxy) Connections() Connections { return p.tracker.snapshot() }
 
@@ -184,24 +214,35 @@ func (p *Proxy) Connections() Connections { return p.tracker.snapshot() }
 // then carry the cause of ctx. Whatever it returns, nothing is open any more. It
 // may be called once.
 func (p *Proxy) Run(ctx context.Context) error {
-	listening, err := p.begin()
-	if err != nil || len(listening) == 0 {
+	listening, drained, err := p.begin()
+	if err != nil || drained {
 		return err
 	}
+	ctx, cut := context.WithCancelCause(ctx)
+	defer cut(nil)
 	defer context.AfterFunc(ctx, p.closeListeners)()
 	live, over := context.WithCancel(ctx) // until the last part has ended
 	defer over()
 	var parts sync.WaitGroup
 	var left atomic.Int64
-	left.Store(int64(len(listening)))
-	for _, l := range listening {
+	left.Store(int64(len(listening)) + 1)
+	part := func(run func()) {
 		parts.Go(func() {
-			p.acceptLoop(ctx, l)
+			run()
 			if left.Add(-1) == 0 {
 				over()
 			}
 		})
 	}
+	for _, l := range listening {
+		part(func() { p.acceptLoop(ctx, l) })
+	}
+	part(func() {
+		if failed := p.runDNS(ctx); failed != nil {
+			err = failed
+			cut(failed)
+		}
+	})
 	p.watch(live, parts.Go)
 	parts.Wait()
 	p.closeListeners() // that is done; here it ends, too
@@ -210,23 +251,35 @@ func (p *Proxy) Run(ctx context.Context) error {
 	p.pool.Close()
 	p.identity.release()
 	p.log.Info("shutdown complete")
-	return nil
+	return err
 }
 
-// begin takes over the listeners. There are none after Drain.
-func (p *Proxy) begin() ([]opened, error) {
-	open := p.listening()
+// begin takes over the listeners, unless Drain has closed them.
+func (p *Proxy) begin() (listening []opened, drained bool, _ error) {
+	listening = p.listening()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
 	case p.running:
-		return nil, errors.New("proxy: Run was called before")
+		return nil, false, errors.New("proxy: Run was called before")
 	case p.drained:
-		open = nil
-	case len(open) == 0:
+		return nil, true, nil
+	case !p.opened:
 		p.close()
-		return nil, errors.New("proxy: Run without Listen")
+		return nil, false, errors.New("proxy: Run without Listen")
 	}
 	p.running = true
-	return open, nil
+	return listening, false, nil
+}
+
+// runDNS serves the pod's DNS queries, if we are to.
+func (p *Proxy) runDNS(ctx context.Context) error {
+	if p.dns == nil {
+		return nil
+	}
+	err := p.dns.Run(ctx)
+	if errors.Is(err, dns.ErrDrained) { // before it could begin
+		return nil
+	}
+	return err
 }
