@@ -111,10 +111,13 @@ func (p *Proxy) serveQueues(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		now := time.Now()
-		if n := accepted(open); n != seen {
+		now, before := time.Now(), steered
+		n := accepted(open)
+		if n != seen || !steered { // another process may have come, or gone
+			steered, _ = steer(open)
+		}
+		if n != seen || steered != before {
 			last, seen = now, n
-			steered, _ = steer(open) // another process may have come, or gone
 		}
 		if now.Sub(last) >= drainQuiet || now.Sub(begin) >= drainMost || !steered && now.Sub(begin) >= drainAlone {
 			return

@@ -162,7 +162,7 @@ func (m *member) Others() (int, error) {
 // onSharedHost puts a node on a host that its successor shares.
 func onSharedHost(h **sharedHost) nodeOption {
 	return withConfig(func(c *Config) {
-		*h = &sharedHost{Host: c.Network.(*memnet.Host), slow: 5 * time.Millisecond, ports: map[netip.AddrPort]*sharedPort{}}
+		*h = &sharedHost{Host: c.Network.(*memnet.Host), slow: 10 * time.Millisecond, ports: map[netip.AddrPort]*sharedPort{}}
 		c.Network = *h
 	})
 }
@@ -202,7 +202,7 @@ func (n *node) start() {
 	})
 }
 
-// load sends a request every ten milliseconds on each path through the pod, until
+// load sends a request every twenty milliseconds on each path through the pod, until
 // stop is called; none may fail.
 func (n *node) load(others ...*node) (stop func()) {
 	var parts sync.WaitGroup
@@ -219,7 +219,7 @@ func (n *node) load(others ...*node) (stop func()) {
 							n.m.t.Errorf("%s, %s and %s: %v", path.name, path.from.w.Name, path.to.w.Name, err)
 						}
 					})
-					time.Sleep(10 * time.Millisecond)
+					time.Sleep(20 * time.Millisecond)
 				}
 			})
 		}
@@ -315,6 +315,30 @@ func TestHandOverToNobody(t *testing.T) {
 			t.Errorf("ended after %v", d)
 		}
 		pod.wantLog(map[string]string{"level": "warn", "message": "no other proxy has come to listen on our port: new connections fail until one does", "waited": "3s"})
+	})
+}
+
+// A successor that comes a moment after the drain has begun is given what comes,
+// also where nobody waits for it.
+func TestHandOverAtTheLastMoment(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		var host *sharedHost
+		old := m.add("pod", "10.0.1.2", onSharedHost(&host))
+		peer, bare := m.add("peer", "10.0.2.2"), m.add("bare", "10.0.3.2", uncaptured)
+		stop := old.load(peer, bare)
+		next := old.second()
+		time.Sleep(3 * time.Millisecond)
+		old.proxy.Drain()
+		time.Sleep(drainAlone - 50*time.Millisecond)
+		next.start()
+		begin := time.Now()
+		<-old.done
+		if d := time.Since(begin); d < drainQuiet {
+			t.Errorf("it closed its listeners %v after the other had come, want after %v", d, drainQuiet)
+		}
+		time.Sleep(time.Second)
+		stop()
+		next.stop(nil)
 	})
 }
 
