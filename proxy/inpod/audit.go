@@ -3,7 +3,6 @@ package inpod
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -120,7 +119,7 @@ func verify(network Namespace, w *state.Workload) error {
 		return fmt.Errorf("addresses of the pod's network namespace: %w", err)
 	}
 	for _, ip := range w.IPs {
-		if slices.ContainsFunc(have, func(a netip.Addr) bool { return a.Unmap() == ip }) {
+		if slices.Contains(have, ip) {
 			return nil
 		}
 	}

@@ -67,6 +67,11 @@ func TestFault_122_ForeignNamespace(t *testing.T) {
 		if err := w.verifyLocal("a"); err == nil || err.Error() != want {
 			t.Errorf("Verify: got %v, want %q", err, want)
 		}
+		since := w.m.Snapshot()[0].Since
+		time.Sleep(5 * auditSoon)
+		if got := w.m.Snapshot()[0].Since; got != since {
+			t.Errorf("failed since %v, then since %v", since, got)
+		}
 		w.wantReady("")
 		w.wantCounts(1, 0, 1, 0) // its proxy runs
 		if got := w.value("workload_manager_pods", "failed"); got != 1 {
@@ -123,14 +128,14 @@ func TestNoAuditBeforeTheGate(t *testing.T) {
 		w.run()
 		c := w.conn()
 		w.knows("a", "10.0.0.8")
-		n := w.namespace("1")
-		n.dead = true
-		accept(t, c.add("a", w.ns("1")), c.sent())
+		w.namespace("dead").dead = true
+		accept(t, c.add("a", w.ns("1")), c.add("unknown", w.ns("dead")), c.sent())
 		time.Sleep(10 * auditEvery)
-		w.wantStates("a starting")
+		w.wantStates("a starting, unknown starting")
 		w.m.Open()
 		settle()
-		w.wantStates("a failed")
+		w.wantStates("a failed, unknown active")
+		accept(t, c.del("unknown"))
 		w.namespace("1").set("10.0.0.8")
 		time.Sleep(auditSoon + auditPause)
 		w.wantStates("a active")
@@ -228,7 +233,12 @@ func TestDeadNamespaceIsReaped(t *testing.T) {
 			t.Errorf("open namespaces: %v, want two", open)
 		}
 		w.forgets("known")
-		time.Sleep(2 * auditEvery)
+		time.Sleep(auditEvery - 2*time.Second)
+		w.namespace("new").dead = true // an agent may add it before it has its interface
+		accept(t, c.add("new", w.ns("new")))
+		time.Sleep(2 * time.Second)
+		w.wantStates("alive active, new active")
+		time.Sleep(auditEvery)
 		w.wantStates("alive active")
 		accept(t, c.del("known"))
 	})

@@ -36,7 +36,8 @@ const (
 // Namespace is the network namespace of a pod: what netns.Pod is.
 type Namespace interface {
 	netns.Network
-	// Addresses are those of the interfaces other than the loopback.
+	// Addresses are those of the interfaces other than the loopback, never IPv4 in
+	// IPv6.
 	Addresses() ([]netip.Addr, error)
 	// Alive tells whether there is such an interface.
 	Alive() (bool, error)

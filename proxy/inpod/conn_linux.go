@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -51,21 +50,16 @@ func newSocket(c *net.UnixConn, log *slog.Logger) *socket {
 }
 
 // receive implements agentConn. The data are those of the socket until the next
-// call. A packet of no bytes cannot be told from the end.
+// call. A packet of no bytes is taken for the end.
 func (s *socket) receive() (packet, error) {
 	n, oobn, flags, _, err := s.conn.ReadMsgUnix(s.data[:], s.oob) // sets close-on-exec
 	n, oobn = max(n, 0), max(oobn, 0)
 	files, rightsErr := s.rights(s.oob[:oobn])
 	p := packet{data: s.data[:n], files: files, truncated: flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0}
-	switch {
-	case err != nil:
-		return p, err
-	case n == 0:
-		return p, io.EOF
-	case rightsErr != nil:
+	if rightsErr != nil {
 		p.truncated = true
 	}
-	return p, nil
+	return p, err
 }
 
 // rights takes the descriptors out of control messages.

@@ -96,8 +96,12 @@ func TestDrainOfWhatIsNotServed(t *testing.T) {
 		c.add("failed", w.ns("1"))
 		accept(t, c.add("waiting", w.ns("2")))
 		w.wantStates("failed failed, waiting starting")
+		began := time.Now()
 		w.m.Drain()
 		<-w.ended
+		if took := time.Since(began); took != 0 {
+			t.Errorf("took %v, want no time", took)
+		}
 		if p := w.last("waiting"); p.isListening() {
 			t.Error("it listens")
 		}
@@ -179,5 +183,22 @@ func TestDrainBeforeRun(t *testing.T) {
 			t.Errorf("%d connections", n)
 		}
 		w.wantReady("draining")
+	})
+}
+
+// A drain that begins while a proxy is being made.
+func TestDrainWhileAProxyIsMade(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.m.cfg.New = func(pod Pod) (Proxy, error) {
+			w.m.Drain()
+			return w.newProxy(pod)
+		}
+		w.hostile["a"] = func(context.Context) error { t.Error("its ports were taken"); return nil }
+		w.m.Open()
+		w.run()
+		c := w.conn()
+		c.in <- packet{data: mustMarshal(t, addRequest("a")), files: files(w.ns("1"))}
+		<-w.ended
 	})
 }

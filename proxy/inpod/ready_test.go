@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -337,4 +338,68 @@ type listeningProxy struct {
 func (p *listeningProxy) Listen(ctx context.Context) error {
 	p.listen()
 	return p.fakeProxy.Listen(ctx)
+}
+
+// A pod of the snapshot whose Listen hangs is waited for, and not for ever; that it
+// was added again changes nothing.
+func TestHangingListen(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t)
+		hang := make(chan struct{})
+		w.m.cfg.New = func(pod Pod) (Proxy, error) {
+			p, err := w.newProxy(pod)
+			return &listeningProxy{p.(*fakeProxy), func() { <-hang }}, err
+		}
+		w.run()
+		c := w.conn()
+		accept(t, c.add("a", w.ns("1")), c.sent(), c.add("a", w.ns("1")))
+		time.Sleep(time.Hour)
+		w.m.Open()
+		w.wantReady("1 of 1 pods not tried: default/a starting")
+		time.Sleep(holdMax - time.Second)
+		w.wantReady("1 of 1 pods not tried: default/a starting")
+		time.Sleep(2 * time.Second)
+		w.wantReady("")
+		close(hang)
+		w.wantStates("a failed")
+		time.Sleep(retryEvery)
+		w.wantStates("a active")
+	})
+}
+
+// Those that wait while nothing moves do not all go on at once.
+func TestStartsGoOnOneByOne(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := newStarts(2)
+		stuck := []func(){s.begin(t.Context()), s.begin(t.Context())}
+		var now, most atomic.Int32
+		var all sync.WaitGroup
+		began := time.Now()
+		for range 10 {
+			all.Go(func() {
+				defer s.begin(t.Context())()
+				most.Store(max(most.Load(), now.Add(1)))
+				time.Sleep(startPatience / 2)
+				now.Add(-1)
+			})
+		}
+		all.Wait()
+		if got := most.Load(); got != 1 {
+			t.Errorf("%d at a time beside those that are stuck, want 1", got)
+		}
+		if took, want := time.Since(began), startPatience+10*startPatience/2; took != want {
+			t.Errorf("took %v, want %v", took, want)
+		}
+		for _, end := range stuck {
+			end()
+		}
+		if n := len(s.tokens); n != 2 {
+			t.Errorf("%d may start at a time, want 2", n)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		for range 5 {
+			s.begin(ctx) // does not wait, whether it gets its turn or not
+		}
+	})
 }
