@@ -284,12 +284,13 @@ type TLSConfig struct {
 // DNSConfig configures the DNS proxy.
 type DNSConfig struct {
 	Enabled bool
-	Addr    BindAddr
+	Addr    BindAddr // of the loopback
 }
 
 // InpodConfig configures shared mode.
 type InpodConfig struct {
-	UDS string
+	UDS  string // path of the CNI agent's socket
+	NACK string // auto, always or never
 }
 
 // MetricsConfig bounds the metrics.
@@ -323,7 +324,6 @@ type Setting struct {
 	Type   string `json:"type"`
 	Value  string `json:"value"`
 	Origin string `json:"origin"` // default | env NAME | PROXY_CONFIG | mesh file
-	Since  string `json:"availability"`
 }
 
 // Settings lists every setting with its effective value, in the order of the
@@ -372,7 +372,6 @@ func asConfigError(err error) error {
 func Load(environ []string, readFile func(string) ([]byte, error)) (*Config, []Warning, error) {
 	l := newLoader(environ, readFile)
 	l.load()
-	l.refuseUnsupported()
 	if len(l.problems) > 0 {
 		return l.cfg, l.warnings, &ConfigError{Problems: l.problems}
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"net/netip"
 	"slices"
@@ -41,6 +42,7 @@ func (l *loader) finish() {
 		c.Sockets.Mark = 1337
 	}
 	l.show("PACKET_MARK", strconv.FormatUint(uint64(c.Sockets.Mark), 10), "")
+	l.finishShared()
 	if c.Proxy.Mode == ModeDedicated && !l.isSet("PROXY_WORKLOAD_INFO") {
 		l.configProblem("PROXY_MODE=dedicated requires PROXY_WORKLOAD_INFO to be set")
 	}
@@ -118,41 +120,58 @@ func (l *loader) finishAddresses() {
 		Outbound:         wildcardPort(15001),
 		Admin:            BindAddr{Localhost: true, IPv6: c.Sockets.LoopbackIPv6, Port: l.adminPort},
 		Stats:            BindAddr{Addr: wildcardPort(l.statsPort)},
-		Readiness:        BindAddr{Addr: wildcardPort(15021)},
+		Readiness:        BindAddr{Addr: wildcardPort(readinessPort)},
 		IllegalPorts:     []uint16{15001, 15006, 15008},
 	}
 	if c.Proxy.SOCKS5 {
 		c.Listeners.SOCKS5 = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), 15080)
 		c.Listeners.IllegalPorts = append(c.Listeners.IllegalPorts, 15080)
 	}
-	c.DNS.Addr.IPv6 = c.DNS.Addr.Localhost && c.Sockets.LoopbackIPv6
+	if l.readiness.IsValid() {
+		c.Listeners.Readiness.Addr = l.readiness
+	}
+	l.show("READINESS_BIND_ADDRESS", c.Listeners.Readiness.String(), "")
+	// Whether a pod has ::1 is found out there.
+	c.DNS.Addr.IPv6 = c.DNS.Addr.Localhost && (c.Sockets.LoopbackIPv6 || c.Sockets.IPv6 && c.Proxy.Mode == ModeShared)
 }
 
 // finishPorts refuses two listeners on one port, which would fail when they bind.
 func (l *loader) finishPorts() {
-	users := map[uint16]string{
-		15001: "the outbound listener", 15006: "the inbound plaintext listener", 15008: "the HBONE listener", 15021: "readiness",
+	c := l.cfg
+	pod := map[uint16]string{
+		15001: "the outbound listener", 15006: "the inbound plaintext listener", 15008: "the HBONE listener",
 	}
-	if socks := l.cfg.Listeners.SOCKS5; socks.IsValid() {
-		users[socks.Port()] = "SOCKS5"
+	if socks := c.Listeners.SOCKS5; socks.IsValid() {
+		pod[socks.Port()] = "SOCKS5"
 	}
+	host := pod
+	if c.Proxy.Mode == ModeShared {
+		host = maps.Clone(pod) // another namespace, in which nobody should look for the others
+	}
+	claim := func(users map[uint16]string, row, user string, port uint16) {
+		if port == 0 {
+			return // any free one, or an error that is reported
+		}
+		if other, taken := users[port]; taken {
+			l.problem(l.values[row], false, fmt.Errorf("the port of %s: must be another one", other))
+			return
+		}
+		users[port] = user
+	}
+	if c.DNS.Enabled {
+		claim(pod, "ISTIO_META_DNS_PROXY_ADDR", "the DNS proxy", c.DNS.Addr.Addrs()[0].Port())
+	}
+	claim(host, "READINESS_BIND_ADDRESS", "readiness", c.Listeners.Readiness.Addr.Port())
 	// A port that somebody set is the wrong one, not the default of the other.
-	rows := []struct {
+	ports := []struct {
 		name string
 		port uint16
 	}{{"proxyAdminPort", l.adminPort}, {"statsPort", l.statsPort}}
 	if l.isSet("proxyAdminPort") && !l.isSet("statsPort") {
-		slices.Reverse(rows)
+		slices.Reverse(ports)
 	}
-	for _, r := range rows {
-		if r.port == 0 {
-			continue // any free one, or an error that is reported
-		}
-		if user, taken := users[r.port]; taken {
-			l.problem(l.values[r.name], false, fmt.Errorf("the port of %s: must be another one", user))
-			continue
-		}
-		users[r.port] = r.name
+	for _, p := range ports {
+		claim(host, p.name, p.name, p.port)
 	}
 }
 
@@ -178,7 +197,7 @@ func (l *loader) finishState() {
 		l.configProblem("only one of LOCAL_XDS_PATH and LOCAL_XDS may be set")
 	}
 	if c.XDS.OnDemand && c.DNS.Enabled {
-		l.problems = append(l.problems, errors.New("error parsing proxy config: DNS proxy does not currently support on-demand mode"))
+		l.problems = append(l.problems, errors.New("error parsing proxy config: DNS proxy does not currently support on-demand mode: set ISTIO_META_DNS_CAPTURE=false"))
 	}
 	// A bad address is a problem, and xDS is not off for it.
 	off := c.XDS.Address == "" && len(l.problems) == 0
@@ -190,34 +209,24 @@ func (l *loader) finishState() {
 	}
 }
 
-// refuseUnsupported reports what is configured and understood, but not in this
-// build. It says what to set instead.
-func (l *loader) refuseUnsupported() {
+// finishShared checks what shared mode cannot do.
+func (l *loader) finishShared() {
 	c := l.cfg
-	refuse := func(name, text, format string, args ...any) {
-		v := l.values[name]
-		v.name = name
-		if v.text == "" || !v.set {
-			v.text = text
-		}
-		reason := fmt.Sprintf(format, args...)
-		if !v.set {
-			reason = "the default; " + reason
-		}
-		l.problem(v, false, errors.New(reason))
+	if c.Proxy.Mode != ModeShared {
+		return
 	}
-	if c.Proxy.Mode == ModeShared {
-		refuse("PROXY_MODE", string(ModeShared), "shared mode is not supported by this build yet: set PROXY_MODE=dedicated and PROXY_WORKLOAD_INFO")
+	if l.goos != "linux" {
+		l.configProblem("in-pod mode is not supported on non-linux platforms: set PROXY_MODE=dedicated and PROXY_WORKLOAD_INFO")
 	}
-	for _, s := range []struct {
-		name, instead string
-		on            bool
-	}{
-		{"UNSTABLE_ENABLE_SOCKS5", "SOCKS5 is not supported by this build yet: unset it or set false", c.Proxy.SOCKS5},
-		{"ISTIO_META_DNS_CAPTURE", "the DNS proxy is not supported by this build yet: unset it or set false", c.DNS.Enabled},
-	} {
-		if s.on {
-			refuse(s.name, l.values[s.name].text, "%s", s.instead)
+	if l.isSet("PROXY_WORKLOAD_INFO") {
+		l.warn("PROXY_WORKLOAD_INFO", "has no effect in shared mode: set PROXY_MODE=dedicated for a proxy of one workload")
+	}
+	if c.Sockets.Mark == 0 {
+		l.warn("PACKET_MARK", "without a mark the rules in the pods redirect the proxy's own connections to itself")
+	}
+	for _, p := range c.CA.Providers {
+		if p.Type == providerSPIREWorkload {
+			l.warn("CA_PROVIDER", "%s gives the proxy's own certificate, and none to a pod: in shared mode take %s or %s for pods", p.Name, providerSPIREDelegated, providerSPIREBroker)
 		}
 	}
 }

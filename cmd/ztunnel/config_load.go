@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"runtime"
 	"slices"
 	"strings"
@@ -28,6 +29,7 @@ type loader struct {
 	cfg      *Config
 	env      map[string]string
 	readFile func(string) ([]byte, error)
+	goos     string
 	cpus     int // logical CPUs
 	proxy    proxyConfig
 	rows     map[string]int // name → index in cfg.settings
@@ -46,6 +48,7 @@ type loader struct {
 	caFile    *caFile          // CA_CONFIG, nil without or when it is invalid
 	adminPort uint16
 	statsPort uint16
+	readiness netip.AddrPort // READINESS_BIND_ADDRESS, invalid = unset
 }
 
 func newLoader(environ []string, readFile func(string) ([]byte, error)) *loader {
@@ -53,6 +56,7 @@ func newLoader(environ []string, readFile func(string) ([]byte, error)) *loader 
 		cfg:      &Config{},
 		env:      make(map[string]string, len(environ)),
 		readFile: readFile,
+		goos:     runtime.GOOS,
 		cpus:     runtime.NumCPU(),
 		rows:     map[string]int{},
 		values:   map[string]value{},
@@ -92,9 +96,6 @@ func (l *loader) loadVariable(g group, v variable) {
 	if err := v.set(l, val); err != nil {
 		v.secret = v.secret || errors.Is(err, errUserinfo)
 		l.problem(val, v.secret, err)
-	}
-	if v.warn && val.set {
-		l.warn(v.name, "has no effect in this build (%s)", v.availability())
 	}
 	l.addSetting(g, v, val)
 }
@@ -168,7 +169,7 @@ func (l *loader) addSetting(g group, v variable, val value) {
 	}
 	l.rows[v.name] = len(l.cfg.settings)
 	l.cfg.settings = append(l.cfg.settings, Setting{
-		Group: g.name, Name: v.name, Type: v.typ, Value: text, Origin: val.origin, Since: v.availability(),
+		Group: g.name, Name: v.name, Type: v.typ, Value: text, Origin: val.origin,
 	})
 }
 

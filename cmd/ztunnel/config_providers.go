@@ -113,11 +113,14 @@ func (p ProviderConfig) incomplete(proxy ProxyConfig, setting func(row string) s
 			lacks("%s is not set: the provider spire-workload needs it", setting("SPIFFE_ENDPOINT_SOCKET"))
 		}
 	}
-	if byPID && proxy.WorkloadPID == 0 {
-		row := "SPIRE_REFERENCE"
-		if p.Type == providerSPIREBroker {
-			row = "SPIFFE_BROKER_ATTESTATION"
-		}
+	row := "SPIRE_REFERENCE"
+	if p.Type == providerSPIREBroker {
+		row = "SPIFFE_BROKER_ATTESTATION"
+	}
+	switch {
+	case byPID && proxy.Mode == ModeShared:
+		lacks("%s=pid needs PROXY_MODE=dedicated: the CNI agent tells no PIDs of pods", setting(row))
+	case byPID && proxy.WorkloadPID == 0:
 		lacks("%s=pid needs PROXY_WORKLOAD_PID, the PID of a process of the workload, which is not set", setting(row))
 	}
 	return problems

@@ -269,6 +269,9 @@ func setCompliance(l *loader, v value) error {
 // case of letters.
 func setDNSCapture(l *loader, v value) error {
 	l.cfg.DNS.Enabled = strings.EqualFold(v.text, "true")
+	if !l.cfg.DNS.Enabled && !strings.EqualFold(v.text, "false") {
+		l.warn(v.name, "%q turns the DNS proxy off: only true leaves it on", v.text)
+	}
 	return nil
 }
 
@@ -277,23 +280,42 @@ func setDNSAddr(l *loader, v value) error {
 	if err != nil {
 		return fmt.Errorf("failed to parse DNS_PROXY_ADDR: %s (%w)", v.text, err)
 	}
+	if !addr.Localhost && !addr.Addr.Addr().IsLoopback() {
+		return errors.New("must be a loopback address: on any other the DNS proxy would answer strangers")
+	}
 	l.cfg.DNS.Addr = addr
 	return nil
 }
 
 func parseBindAddr(s string) (BindAddr, error) {
 	if port, ok := strings.CutPrefix(s, "localhost:"); ok {
-		n, err := number[uint16](0, maxU16)(port)
+		n, err := number[uint16](1, maxU16)(port)
 		if err != nil {
 			return BindAddr{}, fmt.Errorf("port %w", err)
 		}
 		return BindAddr{Localhost: true, Port: n}, nil
 	}
 	ap, err := netip.ParseAddrPort(s)
-	if err != nil {
+	if err != nil || ap.Port() == 0 {
 		return BindAddr{}, errors.New("must be localhost:port or ip:port")
 	}
-	return BindAddr{Addr: ap}, nil
+	return BindAddr{Addr: netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())}, nil
+}
+
+// readinessPort is where the probes of the charts look.
+const readinessPort = 15021
+
+func setReadinessAddr(l *loader, v value) error {
+	if ip, err := netip.ParseAddr(v.text); err == nil {
+		l.readiness = netip.AddrPortFrom(ip.Unmap(), readinessPort)
+		return nil
+	}
+	ap, err := netip.ParseAddrPort(v.text)
+	if err != nil || ap.Port() == 0 {
+		return errors.New("must be an IP address or ip:port")
+	}
+	l.readiness = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	return nil
 }
 
 func setLogFilter(l *loader, v value) error {

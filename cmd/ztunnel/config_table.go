@@ -16,7 +16,6 @@ type variable struct {
 	def     string   // parsed like a value when nothing is set
 	defDoc  string   // shown instead of def where the default is computed
 	doc     string
-	since   string // "" = this build; otherwise what it belongs to
 
 	field      bool   // a field of ProxyConfig, not an environment variable
 	meta       string // also read from this key of the merged proxyMetadata
@@ -24,17 +23,8 @@ type variable struct {
 	secret     bool   // never shown
 	bulky      bool   // only its length is shown
 	parseEmpty bool   // call set with the empty default, too
-	warn       bool   // with since: somebody who sets it counts on it, so say that it has no effect
 
 	set func(*loader, value) error
-}
-
-// availability says whether the setting has an effect in this build.
-func (v variable) availability() string {
-	if v.since == "" {
-		return "yes"
-	}
-	return "planned: " + v.since
 }
 
 type group struct {
@@ -42,13 +32,6 @@ type group struct {
 	doc  string
 	vars []variable
 }
-
-// What a row belongs to when this build does not have it yet.
-const (
-	laterShared = "shared mode"
-	laterDNS    = "DNS proxy"
-	laterSOCKS  = "SOCKS5"
-)
 
 // to makes the setter of a row that is one value of one field.
 func to[T any](parse func(string) (T, error), field func(*Config) *T) func(*loader, value) error {
@@ -62,8 +45,7 @@ func to[T any](parse func(string) (T, error), field func(*Config) *T) func(*load
 	}
 }
 
-// check makes the setter of a row that is validated and belongs to a part that
-// this build lacks.
+// check makes the setter of a row that is validated and changes nothing by itself.
 func check[T any](parse func(string) (T, error)) func(*loader, value) error {
 	return func(_ *loader, v value) error { _, err := parse(v.text); return err }
 }
@@ -144,9 +126,9 @@ var configTable = []group{
 var proxyVars = group{name: "Proxy", doc: "What this process is and where it stands.", vars: []variable{
 	{name: "ENABLE_PROXY", typ: "bool", def: "true", doc: "Run the proxy's listeners: 15008 HBONE, 15006 inbound plaintext, 15001 outbound.",
 		set: to(parseBool, func(c *Config) *bool { return &c.Proxy.Enabled })},
-	{name: "PROXY_MODE", typ: "`shared`, `dedicated`", def: "shared", doc: "`shared`: one proxy for all pods of a node. `dedicated`: a proxy for one workload, in its own network namespace. Only `dedicated` is available in this build; the default is refused.",
+	{name: "PROXY_MODE", typ: "`shared`, `dedicated`", def: "shared", doc: "`shared`: one proxy for all pods of a node, which the CNI agent names; on Linux only. `dedicated`: a proxy for one workload, in its own network namespace.",
 		set: to(oneOf(ModeShared, ModeDedicated), func(c *Config) *ProxyMode { return &c.Proxy.Mode })},
-	{name: "PROXY_WORKLOAD_INFO", typ: "namespace/name/service-account", doc: "The workload of `dedicated` mode, where it is required.",
+	{name: "PROXY_WORKLOAD_INFO", typ: "namespace/name/service-account", doc: "The workload of `dedicated` mode, where it is required. Without effect in `shared` mode.",
 		set: to(parseWorkloadInfo, func(c *Config) *WorkloadInfo { return &c.Proxy.Workload })},
 	{name: "PROXY_WORKLOAD_PID", typ: "number", doc: "The PID of a process of that workload, as this process sees it. `SPIRE_REFERENCE=pid` and `SPIFFE_BROKER_ATTESTATION=pid` need it. Ours.",
 		set: to(number[int](1, maxPID), func(c *Config) *int { return &c.Proxy.WorkloadPID })},
@@ -157,13 +139,13 @@ var proxyVars = group{name: "Proxy", doc: "What this process is and where it sta
 	{name: "NETWORK", typ: "string", doc: "The network of this node.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.Network })},
 	{name: "CLUSTER_ID", typ: "string", def: "Kubernetes", doc: "The cluster of this node. `ISTIO_META_CLUSTER_ID` wins over it.", set: setClusterID},
-	{name: "CLUSTER_DOMAIN", typ: "string", def: "cluster.local", doc: "The DNS domain of the cluster.", since: laterDNS,
-		set: to(text, func(c *Config) *string { return &c.Proxy.ClusterDomain })},
-	{name: "POD_NAME", typ: "string", doc: "The proxy's own pod. Together with the next two it gives the proxy an identity of its own, which is shown in `/config_dump`, and with `INSTANCE_IP` the ID of its xDS node.",
+	{name: "CLUSTER_DOMAIN", typ: "string", def: "cluster.local", doc: "The DNS domain of the cluster, for the DNS proxy.",
+		set: to(parseDomain, func(c *Config) *string { return &c.Proxy.ClusterDomain })},
+	{name: "POD_NAME", typ: "string", doc: "The proxy's own pod. Together with the next two it gives the proxy an identity of its own, which is shown in `/config_dump`; in shared mode the proxy is then reached over HBONE, as by a Prometheus of the mesh. With `INSTANCE_IP` it also is the ID of the xDS node.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.PodName })},
 	{name: "POD_NAMESPACE", typ: "string", doc: "The namespace of the proxy's own pod.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.PodNamespace })},
-	{name: "SERVICE_ACCOUNT", typ: "string", doc: "The service account of the proxy's own pod. Shown in `/config_dump`, nothing else.",
+	{name: "SERVICE_ACCOUNT", typ: "string", doc: "The service account of the proxy's own pod.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.ServiceAccount })},
 	{name: "INSTANCE_IP", typ: "string", def: "1.1.1.1", doc: "The address of the proxy's own pod, a part of its xDS node.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.InstanceIP })},
@@ -173,7 +155,7 @@ var proxyVars = group{name: "Proxy", doc: "What this process is and where it sta
 		set: to(parseBool, func(c *Config) *bool { return &c.Proxy.LocalhostAppTunnel })},
 	{name: "ENABLE_RESPONSE_BAGGAGE", typ: "bool", def: "true", doc: "Answer a CONNECT with the baggage of the destination, and use that of a peer.",
 		set: to(parseBool, func(c *Config) *bool { return &c.Proxy.ResponseBaggage })},
-	{name: "UNSTABLE_ENABLE_SOCKS5", typ: "bool", def: "false", doc: "Listen for SOCKS5 on 127.0.0.1:15080. `true` is refused until then.", since: laterSOCKS,
+	{name: "UNSTABLE_ENABLE_SOCKS5", typ: "bool", def: "false", doc: "Take outbound connections by SOCKS5 on 127.0.0.1:15080, too, in each pod.",
 		set: to(parseBool, func(c *Config) *bool { return &c.Proxy.SOCKS5 })},
 	{name: "CONNECTION_TERMINATION_DEADLINE", typ: "duration", defDoc: "from `TERMINATION_GRACE_PERIOD_SECONDS`, else `5s`", doc: "How long open connections may go on after the first SIGTERM or SIGINT.",
 		set: to(parseDuration, func(c *Config) *time.Duration { return &c.Proxy.TerminationDeadline })},
@@ -203,7 +185,7 @@ var socketVars = group{name: "Sockets", vars: []variable{
 		set: to(parseBool, func(c *Config) *bool { return &c.Sockets.IPv6 })},
 	{name: "ENABLE_ORIG_SRC", typ: "bool", defDoc: "where the socket allows it", doc: "Keep the source address of the application towards the destination. `true`: IP_TRANSPARENT is required, and start-up fails without. `false`: never.",
 		set: to(oneOf(OriginalSourceOn, OriginalSourceNever), func(c *Config) *OriginalSource { return &c.Sockets.OriginalSource })},
-	{name: "PACKET_MARK", typ: "number", defDoc: "`1337` in shared mode, none in dedicated mode", doc: "SO_MARK of outgoing sockets; `0` = none.",
+	{name: "PACKET_MARK", typ: "number", defDoc: "`1337` in shared mode, none in dedicated mode", doc: "SO_MARK: of all sockets in pods in shared mode, where the rules of the CNI agent must know it; of outgoing ones in dedicated mode. `0` = none.",
 		set: to(number[uint32](0, maxU32), func(c *Config) *uint32 { return &c.Sockets.Mark })},
 	{name: "KEEPALIVE_ENABLED", typ: "bool", def: "true", doc: "TCP keepalive on the proxy's sockets.",
 		set: to(parseBool, func(c *Config) *bool { return &c.Sockets.KeepAlive })},

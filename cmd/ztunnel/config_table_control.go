@@ -91,7 +91,7 @@ var localVars = group{name: "Local state", doc: "Workloads, services and policie
 		set: to(nonEmpty, func(c *Config) *string { return &c.XDS.LocalPath })},
 	{name: "LOCAL_XDS", typ: "YAML", doc: "The same as text.", bulky: true,
 		set: to(text, func(c *Config) *string { return &c.XDS.LocalInline })},
-	{name: "PREFERED_SERVICE_NAMESPACE", typ: "string", doc: "The namespace that wins where several services share a host name. (The spelling is the reference's.)", since: laterDNS, warn: true,
+	{name: "PREFERED_SERVICE_NAMESPACE", typ: "string", doc: "The namespace that wins where several services share a host name. (The spelling is the reference's.)",
 		set: to(text, func(c *Config) *string { return &c.State.PreferredServiceNamespace })},
 }}
 
@@ -108,22 +108,23 @@ var tlsVars = group{name: "TLS", vars: []variable{
 	{name: "COMPLIANCE_POLICY", typ: "`pqc`, `fips-140-2`, `fips-140-3`", doc: "`pqc`: only the key exchange X25519MLKEM768; an error in a build with `CRYPTO=boring`, which does not have it. `fips-…` asks for a build with a FIPS module (`make build CRYPTO=fips140` or `CRYPTO=boring`); another build warns. Any other value is ignored.", set: setCompliance},
 }}
 
-var dnsVars = group{name: "DNS proxy", doc: "This build has no DNS proxy.", vars: []variable{
-	{name: "ISTIO_META_DNS_CAPTURE", meta: "DNS_CAPTURE", typ: "bool", def: "false", doc: "Run the DNS proxy. `true` is refused until then; it is on by default from then.", since: laterDNS, set: setDNSCapture},
-	{name: "ISTIO_META_DNS_PROXY_ADDR", meta: "DNS_PROXY_ADDR", typ: "address", def: "localhost:15053", doc: "Where the DNS proxy listens: `localhost:port` = both loopbacks, else `ip:port`.", since: laterDNS, set: setDNSAddr},
+var dnsVars = group{name: "DNS proxy", doc: "It answers the names of the mesh's services and forwards all others to the nameservers of `/etc/resolv.conf`. Who asks it is up to the redirection rules.", vars: []variable{
+	{name: "ISTIO_META_DNS_CAPTURE", meta: "DNS_CAPTURE", typ: "bool", def: "true", doc: "Run the DNS proxy. Any value other than `true` turns it off.", set: setDNSCapture},
+	{name: "ISTIO_META_DNS_PROXY_ADDR", meta: "DNS_PROXY_ADDR", typ: "address", def: "localhost:15053", doc: "Where the DNS proxy listens, by UDP and TCP: `localhost:port` = both loopbacks, else `ip:port`. Only a loopback address is taken: an open resolver would answer strangers.", set: setDNSAddr},
 }}
 
-var inpodVars = group{name: "Shared mode", doc: "None has an effect in this build.", vars: []variable{
-	{name: "INPOD_UDS", typ: "path", def: "/var/run/ztunnel/ztunnel.sock", doc: "The socket of the CNI agent.", since: laterShared,
-		set: to(text, func(c *Config) *string { return &c.Inpod.UDS })},
-	{name: "INPOD_PORT_REUSE", typ: "bool", def: "true", doc: "SO_REUSEPORT on the listeners in pods.", since: laterShared,
+var inpodVars = group{name: "Shared mode", doc: "The CNI agent names the pods of the node and passes their network namespaces (ZDS). Listeners are opened inside of them.", vars: []variable{
+	{name: "INPOD_UDS", typ: "path", def: "/var/run/ztunnel/ztunnel.sock", doc: "The socket of the CNI agent. Below `/var/run/cilium` or `/run/cilium` it is Cilium's: see `INPOD_NACK`, and a proxy that drains goes on taking connections until its successor serves the pod.",
+		set: to(agentSocket, func(c *Config) *string { return &c.Inpod.UDS })},
+	{name: "INPOD_PORT_REUSE", typ: "bool", def: "true", doc: "SO_REUSEPORT on the listeners in pods, so that a new proxy can stand beside the old one. Without it an upgrade interrupts.",
 		set: to(parseBool, func(c *Config) *bool { return &c.Sockets.ReusePort })},
-	{name: "INPOD_NACK", typ: "`auto`, `always`, `never`", def: "auto", doc: "Whether a pod that cannot be served is refused to the CNI agent.", since: laterShared, set: check(oneOf("auto", "always", "never"))},
-	{name: "READINESS_BIND_ADDRESS", typ: "address", doc: "Where readiness is served.", since: laterShared, set: check(text)},
+	{name: "INPOD_NACK", typ: "`auto`, `always`, `never`", def: "auto", doc: "Whether a pod that cannot be served is refused to the CNI agent. `auto`: not to Cilium's, which would close the connection and leave the pod without a proxy. Either way the pod is tried again every 5 s. Ours.",
+		set: to(oneOf("auto", "always", "never"), func(c *Config) *string { return &c.Inpod.NACK })},
 	{name: "INPOD_ENABLED", typ: "string", doc: "Accepted for compatibility with charts; no effect.", set: check(text)},
 }}
 
-var adminVars = group{name: "Admin and metrics", doc: "Readiness is always on port 15021.", vars: []variable{
+var adminVars = group{name: "Admin and metrics", vars: []variable{
+	{name: "READINESS_BIND_ADDRESS", typ: "IP or `ip:port`", defDoc: "all addresses, port 15021", doc: "Where `/healthz/ready` is served. The port is ours.", set: setReadinessAddr},
 	{name: "proxyAdminPort", field: true, typ: "number", def: "15000", doc: "The admin port, on loopback. A field of ProxyConfig.",
 		set: func(l *loader, v value) (err error) { l.adminPort, err = number[uint16](0, maxU16)(v.text); return err }},
 	{name: "statsPort", field: true, typ: "number", def: "15020", doc: "The metrics port. A field of ProxyConfig.",

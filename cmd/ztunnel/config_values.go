@@ -319,6 +319,35 @@ func parseSocket(s, want string) (string, error) {
 	return s, nil
 }
 
+// agentSocket takes the path of the CNI agent's socket. Unlike the others it may
+// be relative, as in the reference.
+func agentSocket(s string) (string, error) {
+	switch {
+	case s == "" || strings.ContainsRune(s, 0):
+		return "", errors.New("must be the path of a unix socket")
+	case strings.Contains(s, ":/"):
+		return "", errors.New("must be the path of a unix socket alone, and no URI")
+	case len(s) > maxSocketPath:
+		return "", fmt.Errorf("the path has %d bytes, and a socket's has at most %d", len(s), maxSocketPath)
+	}
+	return s, nil
+}
+
+// parseDomain takes a DNS domain of one label or more, and returns it in lower
+// case without a final dot.
+func parseDomain(s string) (string, error) {
+	const most = 253 // RFC 1035 §2.3.4, as text
+	name := strings.ToLower(strings.TrimSuffix(s, "."))
+	bad := len(name) > most
+	for label := range strings.SplitSeq(name, ".") {
+		bad = bad || label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-_") != ""
+	}
+	if bad {
+		return "", errors.New("must be a DNS domain, as in cluster.local")
+	}
+	return name, nil
+}
+
 // parseID takes a SPIFFE ID with a path.
 func parseID(s string) (string, error) {
 	id, err := spiffeid.FromString(s)

@@ -51,9 +51,9 @@ func (a *app) note(warnings []Warning) {
 
 func writeSettings(w io.Writer, settings []Setting) error {
 	tw := tabwriter.NewWriter(w, 0, 8, 3, ' ', 0)
-	fmt.Fprintln(tw, "NAME\tVALUE\tORIGIN\tAVAILABLE")
+	fmt.Fprintln(tw, "NAME\tVALUE\tORIGIN")
 	for _, s := range settings {
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\n", s.Name, oneLine(s.Value), s.Origin, s.Since)
+		fmt.Fprintf(tw, "%s\t%s\t%s\n", s.Name, oneLine(s.Value), s.Origin)
 	}
 	return tw.Flush()
 }
@@ -80,14 +80,13 @@ Settings are environment variables, and a few fields of ProxyConfig. ` + "`ztunn
 - Variables that are not listed here are ignored.
 - A bool is exactly ` + "`true` or `false`" + `. A number is decimal.
 - A duration is a sequence of numbers with units that are added, ` + "`1m30s` or `3m + 31`" + `, or multiplied, ` + "`1m*10`" + `. Units: y (365 d), mon (30 d), w, d, h, m, s, ms, us, ns; without a unit: seconds.
-- *planned* marks a setting of a part that this build does not have. It is checked, and has no effect; where ignoring it could be dangerous, it is refused.
 `)
 	for _, g := range configTable {
 		fmt.Fprintf(&b, "\n## %s\n\n", g.name)
 		if g.doc != "" {
 			fmt.Fprintf(&b, "%s\n\n", g.doc)
 		}
-		b.WriteString("| Name | Type | Default | Available | |\n|---|---|---|---|---|\n")
+		b.WriteString("| Name | Type | Default | |\n|---|---|---|---|\n")
 		for _, v := range g.vars {
 			name := "`" + v.name + "`"
 			for _, alias := range v.aliases {
@@ -100,7 +99,7 @@ Settings are environment variables, and a few fields of ProxyConfig. ` + "`ztunn
 			case def == "":
 				def = "–"
 			}
-			fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", name, v.typ, def, v.availability(), v.doc)
+			fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", name, v.typ, def, v.doc)
 		}
 	}
 	_, err := io.WriteString(w, b.String())

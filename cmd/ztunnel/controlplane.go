@@ -35,22 +35,6 @@ func (n *node) runXDS(ctx context.Context) error {
 	return nil
 }
 
-// runDataPath serves connections once the gate is open, until ctx ends or the
-// drain is over. Until then they wait in the queues of the listeners. When waiting
-// ends before, as it does with a drain, nothing is ever served.
-func (n *node) runDataPath(ctx, waiting context.Context) error {
-	if n.xds != nil {
-		select {
-		case <-n.xds.Synced():
-		case <-waiting.Done():
-			return nil
-		}
-	}
-	n.stateReady()
-	n.proxyReady()
-	return n.proxy.Run(ctx)
-}
-
 // gateReason says in one line what the gate waits for.
 func (n *node) gateReason() string {
 	if n.xds == nil {

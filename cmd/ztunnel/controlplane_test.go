@@ -56,7 +56,7 @@ func denyPort(port uint32) xdstest.Resource {
 
 func (r *running) readiness(t *testing.T) (int, string) {
 	t.Helper()
-	return get(t, "http://"+r.readinessLn[0].Addr().String()+"/healthz/ready")
+	return get(t, "http://"+r.httpAddr(listenReadiness)+"/healthz/ready")
 }
 
 // The gate: nobody is served, and the node is not ready, before workloads and
@@ -75,7 +75,7 @@ func TestXDS_Gate(t *testing.T) {
 	served := make(chan error, 1)
 	go func() { served <- helloWorld(c) }()
 	if code, body := d.client.readiness(t); code != http.StatusInternalServerError ||
-		!strings.HasPrefix(body, "not ready, pending: proxy, state manager\nstate manager: ") || strings.Count(body, "\n") != 2 {
+		!strings.HasPrefix(body, "not ready, pending: dns proxy, proxy, state manager\nstate manager: ") || strings.Count(body, "\n") != 2 {
 		t.Errorf("before the gate: readiness %d %q", code, body)
 	}
 	// Workloads alone do not open it: policies are missing.

@@ -178,7 +178,7 @@ func newDemo(world string) (*demo, error) {
 	wire := func(name, nodeName string, addr netip.Addr, out io.Writer) (*node, error) {
 		cfg, _, err := Load([]string{
 			"PROXY_MODE=dedicated", "PROXY_WORKLOAD_INFO=demo/" + name + "/" + name, "NODE_NAME=" + nodeName,
-			"XDS_ADDRESS=", "LOCAL_XDS_PATH=" + world, "CA_PROVIDER=local", "SECRET_TTL=" + demoTTL,
+			"XDS_ADDRESS=", "LOCAL_XDS_PATH=" + world, "CA_PROVIDER=local", "SECRET_TTL=" + demoTTL, "ISTIO_META_DNS_CAPTURE=false",
 			"LOG_FORMAT=json", "RUST_LOG=info", "CONNECTION_TERMINATION_DEADLINE=2s",
 		}, os.ReadFile)
 		if err != nil {

@@ -80,6 +80,17 @@ var rules = []rule{
 		why:  "the proxy is the same for every certificate provider",
 	},
 	{
+		from: []string{"./proxy", "./proxy/hbone/...", "./proxy/dns/...", "./proxy/netns/..."},
+		no:   []string{"./proxy/inpod/..."},
+		why:  "a proxy does not know who keeps it: the agent's pods are one case of several",
+	},
+	{
+		from: []string{"./proxy/inpod"}, direct: true,
+		no:  []string{"./..."},
+		but: []string{"./proxy", "./proxy/inpod/...", "./proxy/netns", "./state", "./internal/..."},
+		why: "inpod starts and ends proxies, and knows nothing of tunnels, names and certificates",
+	},
+	{
 		from: []string{"./proxy/..."},
 		no:   []string{"./xds/...", "./admin/...", "./cmd/..."},
 		why:  "the proxy reads the state; it does not know who writes it and who looks at it",
@@ -250,6 +261,8 @@ func TestDepsFindsViolations(t *testing.T) {
 		{"istio, but not its API", graph{m + "/cmd/ztunnel": {"istio.io/istio/pkg/x", "istio.io/api/y"}}, "istio.io/istio/pkg/x"},
 		{"proxy and a backend", graph{m + "/proxy": {m + "/ca/spire"}}, "/proxy must not import " + m + "/ca/spire"},
 		{"inpod and a backend", graph{m + "/proxy/inpod": {"x"}, "x": {m + "/ca/istio"}}, "/proxy/inpod must not import " + m + "/ca/istio"},
+		{"inpod and certificates", graph{m + "/proxy/inpod": {m + "/proxy", m + "/ca"}, m + "/proxy": {m + "/ca"}}, "/proxy/inpod must not import " + m + "/ca"},
+		{"proxy and inpod", graph{m + "/proxy": {m + "/proxy/inpod"}}, "/proxy must not import " + m + "/proxy/inpod"},
 		{"state and protobuf", graph{m + "/state": {"google.golang.org/protobuf/proto"}}, "/state must not import google.golang.org/protobuf/proto"},
 		{"state and a sibling", graph{m + "/state": {m + "/ca"}}, "/state must not import " + m + "/ca"},
 		{"state and internal", graph{m + "/state": {m + "/internal/backoff"}}, ""},

@@ -40,6 +40,9 @@ services:
 - {name: local-vip, namespace: default, hostname: local-vip.default.svc.cluster.local, vips: [/10.96.0.1], ports: {80: 8080}}
 `
 	directPatience = 20 * time.Second
+	// A drain takes a second at least, unless it is cut: tests of it say so.
+	testDeadline = "CONNECTION_TERMINATION_DEADLINE=100ms"
+	longDeadline = "CONNECTION_TERMINATION_DEADLINE=1m"
 )
 
 var (
@@ -94,7 +97,7 @@ func directConfig(t *testing.T, workload, nodeName string, env ...string) *Confi
 	}
 	cfg, _, err := Load(append(slices.Clone(env), // the first wins
 		"PROXY_MODE=dedicated", "PROXY_WORKLOAD_INFO=default/"+workload+"/default", "NODE_NAME="+nodeName,
-		"XDS_ADDRESS=", "LOCAL_XDS_PATH="+world, "CA_PROVIDER=local", "LOG_FORMAT=json",
+		"XDS_ADDRESS=", "LOCAL_XDS_PATH="+world, "CA_PROVIDER=local", "LOG_FORMAT=json", testDeadline,
 	), os.ReadFile)
 	if err != nil {
 		t.Fatal(err)
@@ -107,6 +110,17 @@ func directConfig(t *testing.T, workload, nodeName string, env ...string) *Confi
 // newDirectNode makes a node whose certificates are of root, or of the real
 // providers without one.
 func newDirectNode(t *testing.T, cfg *Config, network netns.Network, root *local.CA) (*node, *syncBuffer) {
+	t.Helper()
+	parts, logs := directParts(t, network, root)
+	n, err := newNode(cfg, parts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n, logs
+}
+
+// directParts are those of a node with a nameserver at directDNS.
+func directParts(t *testing.T, network netns.Network, root *local.CA) (nodeParts, *syncBuffer) {
 	t.Helper()
 	logs := new(syncBuffer)
 	log, err := zlog.New(zlog.Config{Out: logs, JSON: true, Filter: "info", Sync: true})
@@ -121,11 +135,7 @@ func newDirectNode(t *testing.T, cfg *Config, network netns.Network, root *local
 	if root != nil {
 		parts.backends = embedded(root)
 	}
-	n, err := newNode(cfg, parts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n, logs
+	return parts, logs
 }
 
 // startDirect starts both nodes with the given environment on top.

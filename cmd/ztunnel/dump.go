@@ -15,7 +15,8 @@ import (
 // What only we have stands under ztunnelGo (design D26).
 func (n *node) dump(context.Context) (map[string]any, error) {
 	world, certs := n.store.Dump(), n.certs.Snapshot()
-	return map[string]any{
+	ours := n.dumpOurs(certs)
+	keys := map[string]any{
 		"certificates":   dumpCertificates(certs),
 		"config":         n.cfg.Dump(),
 		"policies":       world.Policies,
@@ -24,8 +25,10 @@ func (n *node) dump(context.Context) (map[string]any, error) {
 		"workloads":      world.Workloads,
 		"staticConfig":   n.dumpStatic(),
 		"version":        buildInfo(),
-		"ztunnelGo":      n.dumpOurs(certs),
-	}, nil
+		"ztunnelGo":      &ours,
+	}
+	n.data.dump(keys, &ours)
+	return keys, nil
 }
 
 func (n *node) dumpStatic() any {
@@ -50,7 +53,10 @@ func dumpCertificates(statuses []ca.Status) any {
 // ourDump is the section ztunnelGo.
 type ourDump struct {
 	Certificates []ourCertificate  `json:"certificates"`
-	Connections  connectionsDump   `json:"connections"`
+	Connections  *connectionsDump  `json:"connections,omitempty"` // dedicated mode
+	Pods         []podDump         `json:"pods,omitempty"`        // shared mode, as the next
+	ZDS          *zdsDump          `json:"zds,omitempty"`
+	Ports        []portDump        `json:"ports"`
 	LocalError   string            `json:"localConfigError,omitempty"`
 	CAError      string            `json:"caConfigError,omitempty"`
 	XDS          *xds.Status       `json:"xds,omitempty"` // absent when xDS is off
@@ -99,9 +105,9 @@ type connectionDump struct {
 	Src         string  `json:"src"`
 }
 
-func (n *node) dumpOurs(certs []ca.Status) any {
+func (n *node) dumpOurs(certs []ca.Status) ourDump {
 	d := ourDump{
-		Certificates: []ourCertificate{}, Connections: dumpConnections(n.proxy.Connections()),
+		Certificates: []ourCertificate{}, Ports: n.ports.dump(),
 		Pending: append([]string{}, n.ready.Pending()...), Reasons: n.ready.Reasons(), Origins: map[string]string{},
 	}
 	if n.xds != nil {
@@ -128,7 +134,7 @@ func (n *node) dumpOurs(certs []ca.Status) any {
 }
 
 func dumpOurCertificate(s ca.Status) ourCertificate {
-	seconds := func(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
+	seconds := dumpTime
 	c := ourCertificate{
 		Identity: s.ID.String(), UID: s.UID, TrustDomain: s.ID.TrustDomain().Name(), Provider: s.Provider,
 		State: s.State.String(), Pods: append([]string{}, s.Pods...), Leases: s.Leases, Arriving: s.Arriving,
@@ -150,8 +156,8 @@ func dumpOurCertificate(s ca.Status) ourCertificate {
 	return c
 }
 
-func dumpConnections(c proxy.Connections) connectionsDump {
-	d := connectionsDump{Inbound: []connectionDump{}, Outbound: []connectionDump{}}
+func dumpConnections(c proxy.Connections) *connectionsDump {
+	d := &connectionsDump{Inbound: []connectionDump{}, Outbound: []connectionDump{}}
 	for _, in := range c.Inbound {
 		line := connectionDump{ActualDst: in.ActualDst.String(), Protocol: in.Protocol.String(), Src: in.Src.String()}
 		if in.Host != "" {

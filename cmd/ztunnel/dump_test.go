@@ -59,7 +59,7 @@ func TestD23_DumpCertificates(t *testing.T) {
 func TestDump_XDS(t *testing.T) {
 	now := time.Date(2026, 8, 21, 11, 0, 0, 0, time.UTC)
 	d := ourDump{
-		Certificates: []ourCertificate{}, Connections: dumpConnections(proxy.Connections{}),
+		Certificates: []ourCertificate{}, Connections: dumpConnections(proxy.Connections{}), Ports: []portDump{},
 		Pending: []string{"proxy", "state manager"}, Reasons: map[string]string{"state manager": "connection refused"}, Origins: map[string]string{},
 		XDS: &xds.Status{
 			Address: "https://istiod:15012", Since: now, LastError: "connection refused", OnDemand: true,

@@ -2,6 +2,8 @@ package main
 
 import (
 	"cmp"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -14,6 +16,7 @@ import (
 	"github.com/ztunnel-go/ztunnel/proxy"
 	"github.com/ztunnel-go/ztunnel/proxy/dns"
 	"github.com/ztunnel-go/ztunnel/proxy/hbone"
+	"github.com/ztunnel-go/ztunnel/proxy/inpod"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
 	"github.com/ztunnel-go/ztunnel/xds"
@@ -162,12 +165,13 @@ func hboneConfig(cfg *Config) hbone.Config {
 // applications: a quarter of the memory limit (design D10). 0 is no limit.
 func queueLimit(cfg *Config) int64 { return int64(cfg.Proxy.MemoryLimit / 4) }
 
+// dataPathConfig is what all proxies of the process have in common. Local and
+// PodUID are those of dedicated mode.
 func dataPathConfig(cfg *Config) proxy.Config {
 	w := cfg.Proxy.Workload
-	return proxy.Config{
+	c := proxy.Config{
 		Local:        state.Ref{Namespace: w.Namespace, Name: w.Name, ServiceAccount: w.ServiceAccount},
 		PodUID:       cfg.Proxy.PodUID,
-		OutboundAddr: cfg.Listeners.Outbound, InboundAddr: cfg.Listeners.Inbound, PassthroughAddr: cfg.Listeners.InboundPlaintext,
 		IllegalPorts: cfg.Listeners.IllegalPorts, NetworkID: cfg.Proxy.Network,
 		HBONE: hboneConfig(cfg), PoolMaxStreams: int(cfg.HBONE.PoolMaxStreams), PoolIdle: explicit(cfg.HBONE.PoolUnusedTimeout),
 		PoolMaxAge: cfg.HBONE.PoolMaxAge, PoolConnsPerKey: cfg.HBONE.PoolConnections,
@@ -176,6 +180,11 @@ func dataPathConfig(cfg *Config) proxy.Config {
 		NodeName:        cfg.Proxy.Node, ClusterID: cfg.Proxy.ClusterID, LocalhostAppTunnel: cfg.Proxy.LocalhostAppTunnel,
 		ResolveTimeout: cfg.Timeouts.TCPConnect,
 	}
+	if cfg.Proxy.Enabled {
+		c.OutboundAddr, c.InboundAddr, c.PassthroughAddr = cfg.Listeners.Outbound, cfg.Listeners.Inbound, cfg.Listeners.InboundPlaintext
+		c.SOCKSAddr = cfg.Listeners.SOCKS5
+	}
+	return c
 }
 
 // resolverConfig is how host names of workloads are resolved.
@@ -183,27 +192,69 @@ func resolverConfig(cfg *Config) dns.ResolverConfig {
 	return dns.ResolverConfig{IPv6: cfg.Sockets.IPv6}
 }
 
+// dnsConfig is what the DNS servers of all pods have in common.
+func dnsConfig(cfg *Config) dns.ServerConfig {
+	return dns.ServerConfig{
+		Addrs: cfg.DNS.Addr.Addrs(), ClusterDomain: cfg.Proxy.ClusterDomain, PreferredNamespace: cfg.State.PreferredServiceNamespace,
+		IPv6: cfg.Sockets.IPv6, WorkloadWait: cfg.Timeouts.WorkloadWait,
+	}
+}
+
 func metricsConfig(cfg *Config) proxy.MetricsConfig {
 	return proxy.MetricsConfig{Idle: explicit(cfg.Metrics.IdleTimeout), MaxSeries: cfg.Metrics.MaxSeries}
 }
 
-// hostConfig is the network of a dedicated proxy: its own namespace.
+// hostConfig is the network namespace of the process. In shared mode that is not
+// a pod's: nothing is marked there, and no source address is spoofed (spec §7.9).
 func hostConfig(cfg *Config) netns.HostConfig {
-	s := cfg.Sockets
 	h := netns.HostConfig{
-		Keepalive: netns.Keepalive{Enabled: s.KeepAlive, Time: s.KeepAliveTime, Interval: s.KeepAliveInterval, Retries: int(s.KeepAliveRetries)},
-		Mark:      s.Mark, IPv6Enabled: s.IPv6, ConnectTimeout: cfg.Timeouts.TCPConnect,
+		Keepalive: keepalive(cfg.Sockets), UserTimeout: userTimeout(cfg.Sockets), IPv6Enabled: cfg.Sockets.IPv6, ConnectTimeout: cfg.Timeouts.TCPConnect,
+		OriginalSource: netns.OriginalSourceOff,
 	}
-	if s.UserTimeout {
-		h.UserTimeout = s.KeepAliveTime + time.Duration(s.KeepAliveRetries)*s.KeepAliveInterval
-	}
-	switch s.OriginalSource {
-	case OriginalSourceOn:
-		h.OriginalSource = netns.OriginalSourceRequired
-	case OriginalSourceNever:
-		h.OriginalSource = netns.OriginalSourceOff
+	if cfg.Proxy.Mode == ModeDedicated {
+		h.Mark, h.OriginalSource = cfg.Sockets.Mark, originalSource(cfg.Sockets)
 	}
 	return h
+}
+
+func keepalive(s SocketConfig) netns.Keepalive {
+	return netns.Keepalive{Enabled: s.KeepAlive, Time: s.KeepAliveTime, Interval: s.KeepAliveInterval, Retries: int(s.KeepAliveRetries)}
+}
+
+func userTimeout(s SocketConfig) time.Duration {
+	if !s.UserTimeout {
+		return 0
+	}
+	return s.KeepAliveTime + time.Duration(s.KeepAliveRetries)*s.KeepAliveInterval
+}
+
+func originalSource(s SocketConfig) netns.OriginalSource {
+	switch s.OriginalSource {
+	case OriginalSourceOn:
+		return netns.OriginalSourceRequired
+	case OriginalSourceNever:
+		return netns.OriginalSourceOff
+	}
+	return netns.OriginalSourceAuto
+}
+
+func inpodConfig(cfg *Config) inpod.Config {
+	return inpod.Config{
+		Path: cfg.Inpod.UDS, HandOver: handOver(cfg) > 0,
+		NACK: map[string]inpod.NACK{"auto": inpod.NACKAuto, "always": inpod.NACKAlways, "never": inpod.NACKNever}[cfg.Inpod.NACK],
+	}
+}
+
+// handOver is how long a drain waits for the next proxy to serve a pod, 0 = not
+// at all. Cilium's agent has one connection, and its proxies share the host's
+// network: there the next one gets the pods when this one has left (design D14).
+func handOver(cfg *Config) time.Duration {
+	const most = 10 * time.Second
+	path := filepath.Clean(cfg.Inpod.UDS)
+	if !strings.HasPrefix(path, "/var/run/cilium/") && !strings.HasPrefix(path, "/run/cilium/") {
+		return 0
+	}
+	return min(most, cfg.Proxy.TerminationDeadline/2)
 }
 
 // serverConfig is that of the admin, metrics and readiness servers.

@@ -27,7 +27,8 @@ func produced(t *testing.T, cfg *Config) string {
 		providers = append(providers, signer, localCAConfig(trust, p), delegatedConfig(cfg, trust, p), broker, workloadConfig(p))
 	}
 	return fmt.Sprintf("%+v\n", []any{
-		stateConfig(cfg), worldConfig(cfg), xdsConfig(cfg), hboneConfig(cfg), queueLimit(cfg), dataPathConfig(cfg), metricsConfig(cfg), hostConfig(cfg),
+		stateConfig(cfg), worldConfig(cfg), xdsConfig(cfg), hboneConfig(cfg), queueLimit(cfg), dataPathConfig(cfg), metricsConfig(cfg), hostConfig(cfg), podConfig(cfg),
+		inpodConfig(cfg), cfg.Proxy.Mode, dnsConfig(cfg), cfg.DNS.Enabled,
 		logConfig(cfg), providers, cfg.CA.Routes, cfg.Proxy.WorkloadPID, managerConfig(cfg, trust), tlsOptions(cfg, trust), crlConfig(cfg), cfg.serverConfig(),
 		cfg.Proxy.TerminationDeadline, cfg.Proxy.WorkerThreads, cfg.Metrics.BuildTag,
 	})
@@ -57,6 +58,9 @@ func TestEverySettingIsUsed(t *testing.T) {
 		"POD_NAME": "x", "POD_NAMESPACE": "x", "INSTANCE_IP": "x", "discoveryAddress": "x", "XDS_ROOT_CA": "/root.pem", "ALT_XDS_HOSTNAME": "x",
 		"XDS_ADDRESS": "x", "XDS_HEADER_*": "XDS_HEADER_X=y", "XDS_ON_DEMAND": "true", "XDS_STALE_GRACE": "1s", "XDS_FULL_SET": "never", "ISTIO_METAJSON_*": "ISTIO_METAJSON_X=7",
 		"LOCAL_XDS_PATH": "/world.yaml", "LOCAL_XDS": "workloads: []",
+		"ENABLE_PROXY": "false", "PROXY_MODE": "shared", "UNSTABLE_ENABLE_SOCKS5": "true", "INPOD_UDS": "/x", "INPOD_NACK": "always", "INPOD_PORT_REUSE": "false",
+		"READINESS_BIND_ADDRESS": "::1", "CLUSTER_DOMAIN": "x", "PREFERED_SERVICE_NAMESPACE": "x", "ISTIO_META_DNS_CAPTURE": "false",
+		"ISTIO_META_DNS_PROXY_ADDR": "127.0.0.1:53",
 		"AUTHZ_POLICY_INFO_LOGGING": "true", "AUTHZ_MISSING_POLICY": "deny", "AUTHZ_FOREIGN_TRUST_DOMAIN": "match",
 		"TLS12_ENABLED": "true", "COMPLIANCE_POLICY": "pqc",
 		"proxyAdminPort": "777", "statsPort": "777", "METRICS_IDLE_TIMEOUT": "1s", "METRICS_MAX_SERIES": "7",
@@ -64,9 +68,7 @@ func TestEverySettingIsUsed(t *testing.T) {
 		"ISTIO_META_*": "ISTIO_META_TRUST_DOMAIN_ALIASES=x",
 	}
 	elsewhere := map[string]string{ // why a row does not stand above
-		"ENABLE_PROXY":                "false is refused: TestID_CF04_Validation",
-		"PROXY_MODE":                  "shared is refused: TestID_CF04_Validation",
-		"SERVICE_ACCOUNT":             "is shown only: TestID_AD02_ConfigDump",
+		"SERVICE_ACCOUNT":             "needs POD_NAME and POD_NAMESPACE: TestID_E203_SelfListener",
 		"FAKE_CA":                     "means CA_PROVIDER=local: TestID_CF04_Validation",
 		"SPIRE_ENABLED":               "means CA_PROVIDER=spire-delegated: TestProviderAliases",
 		"CONTAINER_RUNTIME_SOCK_PATH": "has no effect, and says so",
@@ -77,8 +79,8 @@ func TestEverySettingIsUsed(t *testing.T) {
 	for _, g := range configTable {
 		for _, v := range g.vars {
 			text, used := changed[v.name]
-			if _, known := elsewhere[v.name]; v.since != "" && (used || known) || v.since == "" && used == known {
-				t.Errorf("%s (%s): must stand in one of the tables if, and only if, it is available", v.name, v.availability())
+			if _, known := elsewhere[v.name]; used == known {
+				t.Errorf("%s: must stand in one of the tables, and in one only", v.name)
 			}
 			if !used {
 				continue
@@ -91,6 +93,9 @@ func TestEverySettingIsUsed(t *testing.T) {
 				env = text
 			}
 			base := with("-LOCAL_XDS_PATH", "XDS_ADDRESS=istiod:1")
+			if v.name == "XDS_ON_DEMAND" {
+				base = append(base, "ISTIO_META_DNS_CAPTURE=false")
+			}
 			if v.name == "discoveryAddress" {
 				base = with("-LOCAL_XDS_PATH", "-XDS_ADDRESS")
 			}

@@ -2,15 +2,9 @@ package main
 
 import (
 	"cmp"
-	"context"
-	"errors"
-	"fmt"
 	"log/slog"
-	"math"
 	"net"
 	"os"
-	"sync"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -19,7 +13,6 @@ import (
 	"github.com/ztunnel-go/ztunnel/internal/zlog"
 	"github.com/ztunnel-go/ztunnel/proxy"
 	"github.com/ztunnel-go/ztunnel/proxy/dns"
-	"github.com/ztunnel-go/ztunnel/proxy/hbone"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
 	"github.com/ztunnel-go/ztunnel/xds"
@@ -40,30 +33,34 @@ type node struct {
 	certs    *ca.Manager
 	crls     *ca.CRLs       // nil without a file
 	caConfig *caConfigWatch // nil without CA_CONFIG
-	proxy    *proxy.Proxy
+	data     dataPath
 
-	ready                         *admin.Ready
-	stateReady, proxyReady        func() // complete the readiness tasks "state manager" and "proxy"
-	admin, stats, readiness       *admin.Server
-	adminLn, statsLn, readinessLn []net.Listener
+	gate   chan struct{} // closed when the state is known
+	opened []func()      // complete the readiness tasks that end then
+
+	ready       *admin.Ready
+	ports       *hostPorts
+	http        []*httpPort
+	adminSocket net.Listener // one more of the admin server, or nil
 
 	quit chan struct{} // one slot: POST /quitquitquit
 }
 
 // nodeParts are what distinguishes the demo's nodes from a real one.
 type nodeParts struct {
-	network  netns.Network
+	network  netns.Network      // that of the process
+	pods     podPlatform        // shared mode
 	backends map[string]backend // nil = the real ones
 	pidfd    *os.File           // of PROXY_WORKLOAD_PID, or nil; remains the caller's
-	// resolvConf names the nameservers for workloads that are known by host name
-	// alone, "" = the system's.
+	// resolvConf names the nameservers, for workloads that are known by host name
+	// alone and for the DNS proxy; "" = the system's.
 	resolvConf string
 	log        *zlog.Log // remains the caller's
 }
 
 // newNode makes the parts and loads the state. It starts and opens nothing.
 func newNode(cfg *Config, parts nodeParts) (*node, error) {
-	n := &node{cfg: cfg, log: parts.log, slog: parts.log.Logger(), quit: make(chan struct{}, 1)}
+	n := &node{cfg: cfg, log: parts.log, slog: parts.log.Logger(), quit: make(chan struct{}, 1), gate: make(chan struct{})}
 	n.app = n.slog.With("component", "app")
 	registry, err := admin.NewRegistry(cfg.Metrics.BuildTag)
 	if err != nil {
@@ -71,6 +68,8 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	}
 	n.registry = registry
 	registerLog(registry, parts.log)
+	n.ports = newHostPorts(cfg.Proxy.Mode, registry, n.app)
+	n.newReadiness()
 	trust, err := trustOf(cfg)
 	if err != nil {
 		return nil, err
@@ -85,30 +84,83 @@ func newNode(cfg *Config, parts nodeParts) (*node, error) {
 	if err := n.newManager(trust, parts.backends); err != nil {
 		return nil, err
 	}
-	data := dataPathConfig(cfg)
-	data.Network, data.Store, data.Certs, data.Log = parts.network, n.store, n.certs, n.slog
-	data.PIDFD = parts.pidfd
-	if n.xds != nil && cfg.XDS.OnDemand {
-		data.Demand = n.xds.Demand
-	}
-	data.Metrics = proxy.NewMetrics(registry, metricsConfig(cfg))
-	data.TLS = tlsOptions(cfg, trust)
-	data.TLS.Tolerated = countTolerated(registry)
-	n.loadCRLs(registry)
-	data.CRLs = n.crls
-	n.watchTunnels(&data.HBONE, registry)
-	names := resolverConfig(cfg)
-	names.Dial, names.ResolvConf, names.Logger = dns.Over(parts.network), parts.resolvConf, n.slog
-	resolver, err := dns.NewResolver(names)
-	if err != nil {
-		return nil, err
-	}
-	data.Resolve = resolver.Lookup
-	if n.proxy, err = proxy.New(data); err != nil {
+	if err := n.newDataPath(trust, parts); err != nil {
 		return nil, err
 	}
 	return n, n.newServers(registry)
 }
+
+// newReadiness registers what the process waits for before it is ready.
+func (n *node) newReadiness() {
+	n.ready = admin.NewReady(n.slog)
+	task := func(name string) { n.opened = append(n.opened, n.ready.Register(name)) }
+	task("state manager")
+	n.ready.Explain("state manager", n.gateReason)
+	if n.cfg.Proxy.Enabled {
+		task("proxy")
+	}
+	if n.cfg.DNS.Enabled {
+		task("dns proxy")
+	}
+}
+
+// newDataPath makes what serves connections.
+func (n *node) newDataPath(t trust, parts nodeParts) error {
+	common, err := n.proxyConfig(t, parts)
+	if err != nil {
+		return err
+	}
+	if n.cfg.Proxy.Mode == ModeShared {
+		n.data, err = n.newShared(common, parts)
+	} else {
+		n.data, err = n.newDedicated(common, parts)
+	}
+	return err
+}
+
+// proxyConfig is what all proxies of the process have in common.
+func (n *node) proxyConfig(t trust, parts nodeParts) (proxy.Config, error) {
+	c := dataPathConfig(n.cfg)
+	c.Store, c.Certs, c.Log = n.store, n.certs, n.slog
+	if n.xds != nil && n.cfg.XDS.OnDemand {
+		c.Demand = n.xds.Demand
+	}
+	c.Metrics = proxy.NewMetrics(n.registry, metricsConfig(n.cfg))
+	c.TLS = tlsOptions(n.cfg, t)
+	c.TLS.Tolerated = countTolerated(n.registry)
+	n.loadCRLs(n.registry)
+	c.CRLs = n.crls
+	n.watchTunnels(&c.HBONE, n.registry)
+	c.DNS = n.dnsServer(parts.resolvConf)
+	names := resolverConfig(n.cfg)
+	names.Dial, names.ResolvConf, names.Logger = dns.Over(parts.network), parts.resolvConf, n.slog
+	resolver, err := dns.NewResolver(names)
+	c.Resolve = resolver.Lookup
+	return c, err
+}
+
+// dnsServer is what all DNS servers of the process have in common, nil when there
+// are none.
+func (n *node) dnsServer(resolvConf string) *dns.ServerConfig {
+	if !n.cfg.DNS.Enabled {
+		return nil
+	}
+	c := dnsConfig(n.cfg)
+	c.ResolvConf, c.Limits, c.Metrics, c.Logger = resolvConf, dns.NewLimits(0, 0), dns.NewMetrics(n.registry), n.slog
+	if n.cfg.Proxy.Mode == ModeShared {
+		return &c
+	}
+	var err error
+	if c.Search, err = dns.SearchDomains(cmp.Or(resolvConf, systemResolvConf)); err != nil {
+		n.app.Warn("no search domains: names of services are found by the DNS proxy as they are asked for", "error", err.Error())
+		c.Search = []string{}
+	}
+	return &c
+}
+
+// systemResolvConf has the search domains that clients share with us in dedicated
+// mode.
+const systemResolvConf = "/etc/resolv.conf"
 
 // newManager makes the listed certificate providers and what keeps their
 // certificates. That one cannot be made is an error of the configuration.
@@ -131,15 +183,6 @@ func (n *node) newManager(t trust, kinds map[string]backend) error {
 		n.caConfig.set, n.caConfig.replace, n.caConfig.log = set, n.certs.Replace, n.slog.With("component", "ca")
 	}
 	return nil
-}
-
-// countTolerated shows the certificates that only compatible mode accepts.
-func countTolerated(registry *prometheus.Registry) func(rule string) {
-	tolerated := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "istio_svid_compatible_accept_total", Help: "The number of peer certificates accepted although they break a SPIFFE rule (unstable)",
-	}, []string{"rule"})
-	registry.MustRegister(tolerated)
-	return func(rule string) { tolerated.WithLabelValues(rule).Inc() }
 }
 
 // loadCRLs reads the revocation lists before the first handshake. A file that is
@@ -166,13 +209,6 @@ func (n *node) loadCRLs(registry *prometheus.Registry) {
 	if err := n.crls.Load(); err != nil {
 		n.app.Warn("nothing is revoked until the certificate revocation list can be read", "path", n.cfg.CA.CRLPath, "error", err.Error())
 	}
-}
-
-// registerLog shows the lines that the log's output did not take.
-func registerLog(registry *prometheus.Registry, log *zlog.Log) {
-	registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
-		Name: "istio_log_lines_dropped_total", Help: "The number of log lines that could not be written (unstable)",
-	}, func() float64 { return float64(log.Dropped()) }))
 }
 
 // loadState fills the store from the local file. That it is bad is an error of the
@@ -210,211 +246,4 @@ func (n *node) loadState(registry *prometheus.Registry) error {
 	}
 	n.world = source
 	return nil
-}
-
-// watchTunnels adds to the configuration of the tunnels what they share in this
-// process: the budget, the counters and the log.
-func (n *node) watchTunnels(c *hbone.Config, registry *prometheus.Registry) {
-	c.Stats, c.Logger = new(hbone.Stats), n.slog.With("component", "proxy::hbone")
-	if limit := queueLimit(n.cfg); limit > 0 {
-		c.Budget = hbone.NewBudget(limit)
-	}
-	registerStats(registry, c.Stats, c.Budget)
-}
-
-// registerStats shows what the tunnels count.
-func registerStats(registry *prometheus.Registry, s *hbone.Stats, b *hbone.Budget) {
-	counter := func(name, help string, read func() uint64) {
-		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name + "_total", Help: help + " (unstable)"},
-			func() float64 { return float64(read()) }))
-	}
-	counter("istio_hbone_panics", "The number of panics that ended one tunnel or stream only", s.Panics.Load)
-	counter("istio_hbone_floods", "The number of tunnels ended because the peer exceeded a limit on abuse", s.Floods.Load)
-	counter("istio_hbone_budget_resets", "The number of streams reset because the bytes queued for slow applications reached the limit", s.BudgetResets.Load)
-	counter("istio_hbone_budget_refusals", "The number of requests refused because the bytes queued for slow applications came near the limit", s.BudgetRefused.Load)
-	counter("istio_hbone_refused_streams", "The number of requests answered REFUSED_STREAM", s.Refused.Load)
-	counter("istio_hbone_ping_timeouts", "The number of tunnels ended because the peer did not answer a ping", s.PingTimeouts.Load)
-	registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "istio_hbone_queued_bytes", Help: "The bytes queued for slow applications (unstable)",
-	}, func() float64 { return float64(b.Used()) }))
-}
-
-// newServers makes the three HTTP servers.
-func (n *node) newServers(registry *prometheus.Registry) (err error) {
-	const drain = time.Second
-	n.ready = admin.NewReady(n.slog)
-	n.proxyReady = n.ready.Register("proxy")
-	n.stateReady = n.ready.Register("state manager")
-	n.ready.Explain("state manager", n.gateReason)
-	n.readiness = admin.NewReadiness(n.ready, drain, n.slog)
-	n.stats = admin.NewStats(registry, drain, n.slog)
-	n.admin, err = admin.New(admin.Config{
-		Dump: n.dump, Levels: n.log, Drain: drain, Log: n.slog, Pages: n.pages(),
-		Quit: func() {
-			select {
-			case n.quit <- struct{}{}:
-			default: // asked already
-			}
-		},
-	})
-	if err != nil {
-		return err
-	}
-	for _, s := range []*admin.Server{n.admin, n.stats, n.readiness} {
-		s.HeaderTimeout = n.cfg.serverConfig().headerTimeout
-	}
-	return nil
-}
-
-// listen opens every listener: a bind error ends the start (spec §6.2).
-func (n *node) listen(ctx context.Context) (err error) {
-	defer func() {
-		if err != nil {
-			n.closeListeners()
-		}
-	}()
-	servers := n.cfg.serverConfig()
-	for _, l := range []struct {
-		name string
-		addr BindAddr
-		to   *[]net.Listener
-	}{
-		{"readiness", servers.readiness, &n.readinessLn},
-		{"admin", servers.admin, &n.adminLn},
-		{"stats", servers.stats, &n.statsLn},
-	} {
-		for _, addr := range l.addr.Addrs() {
-			ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr.String())
-			if err != nil {
-				return fmt.Errorf("%s: failed to bind to address %s: %w", l.name, addr, err)
-			}
-			*l.to = append(*l.to, ln)
-		}
-	}
-	return n.proxy.Listen(ctx)
-}
-
-func (n *node) closeListeners() {
-	for _, lns := range [][]net.Listener{n.readinessLn, n.adminLn, n.statsLn} {
-		for _, ln := range lns {
-			ln.Close()
-		}
-	}
-}
-
-func (n *node) adminAddr() string { return n.adminLn[0].Addr().String() }
-func (n *node) statsAddr() string { return n.statsLn[0].Addr().String() }
-
-// errQuit is the cause of a drain that POST /quitquitquit began.
-var errQuit = errors.New("asked to quit by the admin server")
-
-// errEnded is the failure of a data path that nobody has asked to end.
-var errEnded = errors.New("ended by itself")
-
-// logPatience is how long after the deadline of the drain a log whose output
-// takes no lines may hold up the end.
-const logPatience = time.Second
-
-// run serves what listen opened, until ctx ends, the admin server is asked to
-// quit, or a part fails. Then it drains (design §6): not ready, nothing accepted
-// any more, open connections go on until the deadline, and what they need ends
-// after them. The error is the first failure of a part.
-func (n *node) run(ctx context.Context) error {
-	// What the drain needs outlives ctx, and the connections outlive a part that
-	// has failed: only the deadline cuts them.
-	base := context.WithoutCancel(ctx)
-	support, stop := context.WithCancel(base)
-	probes, notReady := context.WithCancel(support)
-	data, cut := context.WithCancelCause(base)
-	late := time.AfterFunc(math.MaxInt64, n.releaseLog)
-	defer late.Stop()
-	defer cut(nil)
-	failed := make(chan error, 1)
-	parts := n.startParts(support, probes, failed)
-	defer parts.Wait()
-	defer stop()
-	defer notReady()
-	done := make(chan error, 1)
-	parts.Go(func() { done <- n.runDataPath(data, probes) })
-
-	var cause, failure error
-	select {
-	case <-ctx.Done():
-		cause = context.Cause(ctx)
-	case <-n.quit:
-		cause = errQuit
-	case failure = <-failed:
-		cause = failure
-	case err := <-done:
-		failure = fmt.Errorf("data path: %w", cmp.Or(err, errEnded))
-		cause = failure
-		done <- nil
-	}
-	notReady()
-	n.proxy.Drain()
-	deadline := time.NewTimer(n.cfg.Proxy.TerminationDeadline)
-	defer deadline.Stop()
-	late.Reset(min(n.cfg.Proxy.TerminationDeadline, math.MaxInt64-logPatience) + logPatience)
-	n.app.Info("draining", "cause", cause.Error(), "deadline", n.cfg.Proxy.TerminationDeadline.String())
-	var err error
-	select {
-	case err = <-done:
-	case <-deadline.C:
-		cut(proxy.ErrDraining)
-		n.app.Warn("drain duration expired with pending connections, forcefully shutting down")
-		err = <-done
-	}
-	if failure == nil {
-		select {
-		case failure = <-failed: // during the drain
-		default:
-		}
-	}
-	return cmp.Or(failure, err)
-}
-
-// startParts starts everything but the data path. Each part ends with support,
-// readiness with probes already. failed, which has room for one, gets the first
-// error of a part that ended before.
-func (n *node) startParts(support, probes context.Context, failed chan<- error) *sync.WaitGroup {
-	var parts sync.WaitGroup
-	part := func(ctx context.Context, what string, run func(context.Context) error) {
-		parts.Go(func() {
-			err := run(ctx)
-			if err == nil || ctx.Err() != nil {
-				return
-			}
-			select {
-			case failed <- fmt.Errorf("%s: %w", what, err):
-			default: // not the first
-			}
-			n.app.Error("part failed", "part", what, "error", err.Error())
-		})
-	}
-	part(probes, "readiness server", func(ctx context.Context) error { return n.readiness.Serve(ctx, n.readinessLn...) })
-	part(support, "admin server", func(ctx context.Context) error { return n.admin.Serve(ctx, n.adminLn...) })
-	part(support, "stats server", func(ctx context.Context) error { return n.stats.Serve(ctx, n.statsLn...) })
-	part(support, "certificate manager", n.certs.Run)
-	if n.crls != nil {
-		part(support, "certificate revocation lists", n.crls.Run)
-	}
-	if n.caConfig != nil {
-		part(support, "certificate provider configuration", n.caConfig.run)
-	}
-	if n.world != nil {
-		part(support, "local state", n.world.Run)
-	}
-	if n.xds != nil {
-		part(support, "xDS", n.runXDS)
-	}
-	return &parts
-}
-
-// releaseLog closes the log, so that nobody waits any longer for an output that
-// takes no lines: connections that end, or run itself. Whatever is not over by
-// now hangs.
-func (n *node) releaseLog() {
-	now, cancel := context.WithCancel(context.Background())
-	cancel()
-	_ = n.log.Close(now) // who owns the log closes it again, and learns of it
 }

@@ -23,7 +23,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // D-01, LC-01.
 func TestD01_ShutdownLifecycle(t *testing.T) {
-	d := startDirect(t, "n")
+	d := startDirect(t, "n", longDeadline)
 	d.client.stop()
 	d.client.within(t, 5*time.Second)
 }
@@ -47,22 +47,20 @@ func TestD02_ConflictingBind(t *testing.T) {
 		t.Run(tt.id+" "+tt.name, func(t *testing.T) {
 			host := loopback.New().Host(directClient)
 			cfg := directConfig(t, "local", "n")
-			n, _ := newDirectNode(t, cfg, host.Proxy(), root)
+			network, addr := host.Proxy(), netip.AddrPortFrom(netip.IPv6Unspecified(), tt.port)
 			if tt.admin {
-				ln, err := netns.NewHost(netns.HostConfig{}).Listen(t.Context(), netip.MustParseAddrPort("127.0.0.1:0"))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer ln.Close()
-				cfg.Listeners.Admin.Addr = ln.Addr()
-			} else {
-				ln, err := host.Proxy().Listen(t.Context(), netip.AddrPortFrom(netip.IPv6Unspecified(), tt.port))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer ln.Close()
+				network, addr = netns.NewHost(netns.HostConfig{}), netip.MustParseAddrPort("127.0.0.1:0")
 			}
-			err := n.listen(t.Context())
+			ln, err := network.Listen(t.Context(), addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ln.Close()
+			if tt.admin {
+				cfg.Listeners.Admin.Addr = ln.Addr()
+			}
+			n, _ := newDirectNode(t, cfg, host.Proxy(), root)
+			err = n.listen(t.Context())
 			if err == nil || !strings.Contains(err.Error(), tt.name) || !strings.Contains(err.Error(), "failed to bind to address") {
 				t.Errorf("listen = %v, want a bind error of %s", err, tt.name)
 			}
@@ -72,9 +70,15 @@ func TestD02_ConflictingBind(t *testing.T) {
 
 // D-06, LC-07: a live connection holds the shutdown up, its end lets it through.
 func TestD06_ShutdownDrain(t *testing.T) {
-	d := startDirect(t, "n")
+	d := startDirect(t, "n", longDeadline)
 	c := d.open(directHBONE)
 	d.client.stop()
+	d.eventually(func() error {
+		if at := d.client.data.(*dedicated).proxy.InboundAddr(); at.IsValid() {
+			return fmt.Errorf("the proxy still listens at %s", at)
+		}
+		return nil
+	})
 	if err := helloWorld(c); err != nil {
 		t.Errorf("during the drain: %v", err)
 	}
@@ -103,7 +107,7 @@ func TestD07_ShutdownForcedDrain(t *testing.T) {
 
 // D-08, LC-02.
 func TestD08_QuitLifecycle(t *testing.T) {
-	d := startDirect(t, "n")
+	d := startDirect(t, "n", longDeadline)
 	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Post("http://"+d.client.adminAddr()+"/quitquitquit", "", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -221,7 +225,7 @@ func TestConfigDump(t *testing.T) {
 	if out := dump.ZtunnelGo.Connections.Outbound; len(out) != 1 || out[0]["actualDst"] != "10.1.0.3:15008" || out[0]["originalDst"] != "10.1.0.3:8080" || out[0]["protocol"] != "HBONE" {
 		t.Errorf("outbound connections = %v", out)
 	}
-	if status, body := get(t, "http://"+d.client.readinessLn[0].Addr().String()+"/healthz/ready"); status != 200 || body != "ready\n" {
+	if status, body := get(t, "http://"+d.client.httpAddr(listenReadiness)+"/healthz/ready"); status != 200 || body != "ready\n" {
 		t.Errorf("readiness = %d %q", status, body)
 	}
 }

@@ -136,7 +136,7 @@ the proxy. It is configured by environment variables; see "ztunnel config".`,
 		SilenceErrors: true,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(proxy, a.newConfigCommand(), a.newCACommand(), a.newCertsCommand(), newVersionCommand(), newDemoCommand())
+	root.AddCommand(proxy, a.newConfigCommand(), a.newCACommand(), a.newCertsCommand(), a.newPodsCommand(), newVersionCommand(), newDemoCommand())
 	return root
 }
 

@@ -58,12 +58,12 @@ func TestUsageErrorsExit2(t *testing.T) {
 		{"bad format", "config -o yaml", "must be one of table, json, markdown"},
 		{"argument too many", "version 1", `unknown command "1" for "ztunnel version"`},
 		{"exclusive flags", "certs --admin x:1 -f y", "--admin and --file exclude each other"},
-		{"configuration", "proxy ztunnel", "invalid env var PROXY_MODE=shared"},
-		{"configuration, no command", "", "invalid env var PROXY_MODE=shared"},
+		{"configuration", "proxy ztunnel", "invalid env var PROXY_MODE=sidecar"},
+		{"configuration, no command", "", "invalid env var PROXY_MODE=sidecar"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			code, stdout, stderr := command(t, nil, nil, strings.Fields(tt.args)...)
+			code, stdout, stderr := command(t, []string{"PROXY_MODE=sidecar"}, nil, strings.Fields(tt.args)...)
 			if code != exitUsage || stdout != "" || !strings.Contains(stderr, tt.want) {
 				t.Errorf("got exit code %d, stdout %q, stderr %q; want 2, nothing, %q", code, stdout, stderr, tt.want)
 			}
@@ -162,7 +162,7 @@ func TestConfigCommand(t *testing.T) {
 	if err := json.Unmarshal([]byte(stdout), &settings); err != nil || code != 0 {
 		t.Fatalf("got exit code %d, %v", code, err)
 	}
-	want := Setting{Group: "Sockets", Name: "KEEPALIVE_TIME", Type: "duration", Value: "1m", Origin: "env KEEPALIVE_TIME", Since: "yes"}
+	want := Setting{Group: "Sockets", Name: "KEEPALIVE_TIME", Type: "duration", Value: "1m", Origin: "env KEEPALIVE_TIME"}
 	found := false
 	for _, s := range settings {
 		found = found || s == want

@@ -64,7 +64,7 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 	}
 	host := hostConfig(cfg)
 	host.Logger = log.Logger()
-	n, err := newNode(cfg, nodeParts{network: netns.NewHost(host), pidfd: pidfd, log: log})
+	n, err := newNode(cfg, nodeParts{network: netns.NewHost(host), pods: realPods, pidfd: pidfd, log: log})
 	if err != nil {
 		return err
 	}
@@ -75,7 +75,7 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 	// another one's; this name is ours alone (design D26). Where it is taken, as
 	// by a second proxy of the same PID namespace, the ports remain.
 	if ln, err := admin.ListenSocket(ctx); err == nil {
-		n.adminLn = append(n.adminLn, ln)
+		n.adminSocket = ln
 	} else if !errors.Is(err, errors.ErrUnsupported) {
 		l.Info("admin socket not available", "error", strings.ReplaceAll(err.Error(), "\x00", "@"))
 	}
@@ -83,17 +83,17 @@ func runProxy(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
 }
 
 // openWorkload opens the process that PROXY_WORKLOAD_PID names, nil if it names
-// none. The descriptor stays that process's when its PID is given to another.
+// none.
 func openWorkload(cfg *Config) (*os.File, error) {
 	pid := cfg.Proxy.WorkloadPID
-	if pid == 0 {
+	if pid == 0 || cfg.Proxy.Mode == ModeShared {
 		return nil, nil
 	}
-	fd, err := unix.PidfdOpen(pid, 0)
+	f, err := openPIDFD(pid)
 	if err != nil {
 		return nil, cfg.invalid("PROXY_WORKLOAD_PID", fmt.Errorf("must be the PID of a running process: %w", err))
 	}
-	return os.NewFile(uintptr(fd), fmt.Sprintf("pidfd:%d", pid)), nil
+	return f, nil
 }
 
 // limitMemory finds the memory limit where the configuration names none, and

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -44,9 +43,9 @@ func (r *running) failed(t *testing.T, limit time.Duration) {
 // A part that fails begins the same drain as a signal.
 func TestPartFails(t *testing.T) {
 	t.Run("connections end by themselves", func(t *testing.T) {
-		d := startDirect(t, "n")
+		d := startDirect(t, "n", longDeadline)
 		c := d.open(directHBONE)
-		d.client.statsLn[0].Close()
+		d.client.httpPorts(listenStats)[0].listening().Close()
 		d.eventually(func() error {
 			if !strings.Contains(d.client.logs.String(), `"draining"`) {
 				return errors.New("no drain")
@@ -67,7 +66,7 @@ func TestPartFails(t *testing.T) {
 	t.Run("connections are cut at the deadline", func(t *testing.T) {
 		d := startDirect(t, "n", "CONNECTION_TERMINATION_DEADLINE=200ms")
 		c := d.open(directHBONE)
-		d.client.statsLn[0].Close()
+		d.client.httpPorts(listenStats)[0].listening().Close()
 		d.client.failed(t, 3*time.Second)
 		if _, err := c.Read(make([]byte, 1)); err == nil {
 			t.Error("the connection outlived its proxy")
@@ -113,9 +112,7 @@ func TestStuckLog(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- n.run(ctx) }()
-	if status, _ := get(t, "http://"+n.readinessLn[0].Addr().String()+"/healthz/ready"); status != http.StatusOK {
-		t.Fatalf("readiness = %d", status)
-	}
+	<-n.gate
 
 	out.stuck.Store(true)
 	var chatter sync.WaitGroup

@@ -137,7 +137,7 @@ func dump(t *testing.T, s *world.Proxy) (d dumped, raw string) {
 // On demand: nothing is held until it is asked for.
 func TestXDS_OnDemand(t *testing.T) {
 	o := bothXDS()
-	o.Source.Env = []string{"XDS_ON_DEMAND=true"}
+	o.Source.Env = []string{"XDS_ON_DEMAND=true", "ISTIO_META_DNS_CAPTURE=false"}
 	o.Dest.Env = o.Source.Env
 	p := newPair(t, o)
 	stranger := p.AddPod("stranger", 2)
