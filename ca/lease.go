@@ -128,12 +128,12 @@ func (l *Lease) Release() {
 	l.released = true
 	delete(l.m.leases, l)
 	if h := l.stay(); h != nil {
-		l.m.leave(h, true)
+		l.m.leave(h, l, true)
 	}
 	if h := l.hold; h != nil {
 		l.hold = nil
 		delete(h.leases, l)
-		l.m.leave(h, true)
+		l.m.leave(h, l, true)
 	}
 }
 
@@ -163,6 +163,7 @@ func (l *Lease) store(v *view) {
 func (l *Lease) head(h *hold) {
 	l.next, l.since = h, time.Now()
 	h.moving[l] = struct{}{}
+	h.enter(l.ref)
 	l.m.moving++
 }
 
@@ -185,15 +186,15 @@ func (l *Lease) stay() *hold {
 // none to keep. It is called with the manager's lock held.
 func (l *Lease) settle() {
 	next := l.next
-	if next == nil || next.view.state != Available && l.view.Load().state == Available {
+	if next == nil || next.all.view.state != Available && l.view.Load().state == Available {
 		return
 	}
 	old := l.hold
 	l.hold = l.stay()
 	next.leases[l] = struct{}{}
-	l.store(next.view)
+	l.store(next.audience(l.ref).view)
 	if old != nil {
 		delete(old.leases, l)
-		l.m.leave(old, false)
+		l.m.leave(old, l, false)
 	}
 }

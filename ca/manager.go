@@ -30,9 +30,11 @@ type ManagerConfig struct {
 //
 // A hold is the manager's side of one key: one Watch of its provider, and one
 // WatchBundles of every other provider, since a peer's certificate may come
-// from any of them. Leases point to one hold; during a live move also to the
-// next one. A hold copies what it publishes into its leases, so that reading is
-// one atomic load.
+// from any of them. Where the certificate is shared by identity, and another
+// provider tells pods apart, there is one WatchBundles of that one for each pod,
+// and what it says counts for the leases of that pod alone. Leases point to one
+// hold; during a live move also to the next one. A hold copies what it publishes
+// into its leases, so that reading is one atomic load.
 type Manager struct {
 	cfg  ManagerConfig
 	log  *slog.Logger
@@ -184,6 +186,7 @@ func (m *Manager) runProvider(ctx context.Context, p Provider) {
 
 // Acquire leases the certificate of w. It does not block. The caller must
 // release the lease; w.PIDFD stays the caller's, and must stay open until then.
+// After that nothing is done in w's name any more, whoever else has leases.
 func (m *Manager) Acquire(w WorkloadRef) *Lease {
 	l := &Lease{m: m, ref: w, changed: make(chan struct{}), empty: time.Now()}
 	m.mu.Lock()
@@ -202,7 +205,8 @@ func (m *Manager) Acquire(w WorkloadRef) *Lease {
 	}
 	l.hold = m.join(p, w)
 	l.hold.leases[l] = struct{}{}
-	l.store(l.hold.view)
+	l.hold.enter(w)
+	l.store(l.hold.audience(w).view)
 	return l
 }
 
@@ -215,13 +219,7 @@ func (m *Manager) join(p Provider, w WorkloadRef) *hold {
 	k := holdKey{p, p.Key(w)}
 	h := m.holds[k]
 	if h == nil {
-		h = &hold{
-			m: m, key: k, ref: w,
-			view:   &view{state: Pending},
-			leases: make(map[*Lease]struct{}),
-			moving: make(map[*Lease]struct{}),
-			extra:  make(map[Provider]*bundleWatch),
-		}
+		h = newHold(m, k, w)
 		m.holds[k] = h
 		m.held[p]++
 		if m.providers[p] == nil {
@@ -239,19 +237,17 @@ func (m *Manager) start(h *hold) {
 	if !m.running() || h.cancel != nil {
 		return
 	}
-	ctx, cancel := context.WithCancel(m.ctx)
-	h.ctx, h.cancel = ctx, cancel
-	m.tasks.Go(func() { h.watch(ctx) })
-	h.watchBundles(m.router.All())
+	h.start(m.ctx, m.router.All())
 }
 
-// leave ends h once nobody points to it: after the linger, or at once. It is
-// called with the lock held.
-func (m *Manager) leave(h *hold, linger bool) {
+// leave is what l leaves behind in h: nothing that names it. Once nobody points to
+// h it ends, after the linger or at once. It is called with the lock held.
+func (m *Manager) leave(h *hold, l *Lease, linger bool) {
+	h.exit(l.ref)
 	if len(h.leases) > 0 || len(h.moving) > 0 {
 		return
 	}
-	if linger && h.key.key.UID == "" && m.cfg.Linger > 0 {
+	if linger && h.shared && m.cfg.Linger > 0 {
 		h.until = time.Now().Add(m.cfg.Linger)
 		m.sweepBy(h.until)
 		return
@@ -299,7 +295,7 @@ func (m *Manager) sweepOnce(now time.Time) time.Duration {
 	defer m.mu.Unlock()
 	sleep := maxSleep
 	for _, h := range m.holds {
-		if svid := h.view.svid; svid != nil {
+		if svid := h.all.view.svid; svid != nil {
 			if svid.expired(now) {
 				h.expire()
 			} else {
@@ -407,7 +403,7 @@ func (m *Manager) Replace(r Router) {
 			continue
 		}
 		if m.running() {
-			h.watchBundles(all)
+			h.listen(all)
 		}
 	}
 	m.reconcile()
@@ -424,14 +420,14 @@ func routed(r Router, w WorkloadRef, k holdKey) bool {
 // lock held.
 func (m *Manager) move(l *Lease) {
 	if next := l.stay(); next != nil { // a move that did not come to its end
-		defer m.leave(next, false)
+		defer m.leave(next, l, false)
 	}
 	p := m.router.For(l.ref)
 	if p == nil {
 		if old := l.hold; old != nil {
 			l.hold = nil
 			delete(old.leases, l)
-			m.leave(old, false)
+			m.leave(old, l, false)
 		}
 		l.store(noProvider(l.ref))
 		return
@@ -441,7 +437,7 @@ func (m *Manager) move(l *Lease) {
 	}
 	l.head(m.join(p, l.ref))
 	if l.hold != nil {
-		l.next.inherit(l.hold)
+		l.next.inherit(l.hold, l.ref)
 	}
 	l.settle()
 }

@@ -143,8 +143,8 @@ func (m *Manager) Collect(ch chan<- prometheus.Metric) {
 			p = new(held)
 			byProvider[name] = p
 		}
-		p.states[h.view.state]++
-		if svid := h.view.svid; svid != nil && (p.soonest.IsZero() || svid.NotAfter.Before(p.soonest)) {
+		p.states[h.all.view.state]++
+		if svid := h.all.view.svid; svid != nil && (p.soonest.IsZero() || svid.NotAfter.Before(p.soonest)) {
 			p.soonest = svid.NotAfter
 		}
 	}

@@ -19,8 +19,8 @@ type WorkloadRef struct {
 	PIDFD          *os.File // held over a lookup by PID; nil when the workload is not referenced by PID
 }
 
-// Key says which workloads share an SVID. The provider decides: UID is "" when
-// it issues one per identity.
+// Key says which workloads share an SVID. The provider decides: UID is that of
+// the workload, or "" when it issues one per identity.
 type Key struct {
 	Provider string
 	ID       spiffeid.ID
@@ -59,10 +59,15 @@ type Provider interface {
 	Key(WorkloadRef) Key
 	// Watch reports every change for w, one call at a time, and none after it has
 	// returned. It returns only when ctx ends. A denial is an event and is retried. It may
-	// depend only on what Key keeps of w.
+	// depend only on what Key keeps of w: where that has no UID, w names no pod and
+	// no process, for the watch serves every pod of the identity; otherwise w is a
+	// workload that holds a lease. When that one gives its lease back and others of
+	// the same key have theirs, the watch ends and another one begins.
 	Watch(ctx context.Context, w WorkloadRef, update func(Event)) error
 	// WatchBundles reports the bundles that this provider contributes for w,
-	// under the same rules as Watch.
+	// under the same rules as Watch. What it says of a pod counts for the leases of
+	// that pod alone. When it contributes nothing any more it must say so, also if it
+	// has not said anything before: another watch may have.
 	WatchBundles(ctx context.Context, w WorkloadRef, update func(*Bundles)) error
 }
 

@@ -23,7 +23,7 @@ type Status struct {
 	Err       error // the newest failure, also of a renewal while State is Available
 	Chain     []*x509.Certificate
 	Roots     []Anchor // anchors of the identity's own trust domain
-	Bundles   *Bundles // all of them; nil without an SVID
+	Bundles   *Bundles // those that all leases trust; nil without an SVID
 	NotBefore time.Time
 	NotAfter  time.Time
 	Renewal   time.Time // of the provider's next attempt; zero if its backend pushes
@@ -80,26 +80,26 @@ func (m *Manager) Snapshot() []Status {
 
 func (h *hold) status() Status {
 	s := Status{
-		ID:       h.ref.ID,
+		ID:       h.id,
 		UID:      h.key.key.UID,
 		Provider: h.key.key.Provider,
-		State:    h.view.state,
+		State:    h.all.view.state,
 		Err:      h.lastErr,
 		Renewal:  h.next,
 		Leases:   len(h.leases) + len(h.moving),
 		Arriving: len(h.moving),
 		Moves:    h.moves(),
-		Pods:     h.pods(),
+		Pods:     h.podNames(),
 	}
-	switch h.view.state {
+	switch h.all.view.state {
 	case Pending:
 		s.Text = "Initializing"
 	case Available:
 		s.Text = "Available"
 	default:
-		s.Text = fmt.Sprintf("Unavailable: %v", h.view.err)
+		s.Text = fmt.Sprintf("Unavailable: %v", h.all.view.err)
 	}
-	if svid := h.view.svid; svid != nil {
+	if svid := h.all.view.svid; svid != nil {
 		s.ID = svid.ID
 		s.NotBefore, s.NotAfter = svid.NotBefore, svid.NotAfter
 		s.Bundles = svid.Bundles
@@ -127,7 +127,7 @@ func (h *hold) moves() []Move {
 		if l.since.Before(m.Since) {
 			m.Since = l.since
 		}
-		if err := cmp.Or(l.next.lastErr, l.next.view.err); err != nil && (m.Err == nil || err.Error() < m.Err.Error()) {
+		if err := cmp.Or(l.next.lastErr, l.next.all.view.err); err != nil && (m.Err == nil || err.Error() < m.Err.Error()) {
 			m.Err = err
 		}
 	}
@@ -138,13 +138,11 @@ func (h *hold) moves() []Move {
 	return list
 }
 
-func (h *hold) pods() []string {
+func (h *hold) podNames() []string {
 	pods := make(map[string]struct{})
-	for _, leases := range []map[*Lease]struct{}{h.leases, h.moving} {
-		for l := range leases {
-			if l.ref.Pod != "" {
-				pods[l.ref.Namespace+"/"+l.ref.Pod] = struct{}{}
-			}
+	for l := range h.eachLease {
+		if l.ref.Pod != "" {
+			pods[l.ref.Namespace+"/"+l.ref.Pod] = struct{}{}
 		}
 	}
 	return slices.Sorted(maps.Keys(pods))

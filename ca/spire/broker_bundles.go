@@ -20,6 +20,7 @@ func (b *broker) WatchBundles(ctx context.Context, w ca.WorkloadRef, update func
 	ref, err := b.reference(w)
 	if err != nil {
 		b.endpoint.complaints.log(ctx, b.cfg.Logger, err)
+		update(ca.NewBundles(nil))
 		<-ctx.Done()
 		return ctx.Err()
 	}
@@ -53,12 +54,14 @@ type bundleReport struct {
 }
 
 // contribute reports the bundles. They outlast a broken stream, and go after the
-// grace period when the agent takes them back.
+// grace period when the agent takes them back, or has none for w: an earlier watch
+// may have had some.
 func (b *broker) contribute(ctx context.Context, reports <-chan bundleReport, update func(*ca.Bundles)) error {
 	grace := time.NewTimer(0)
 	grace.Stop()
 	defer grace.Stop()
-	var latest *ca.Bundles
+	var said *ca.Bundles // nil: nothing yet
+	none := ca.NewBundles(nil)
 	going := false
 	for {
 		select {
@@ -69,17 +72,17 @@ func (b *broker) contribute(ctx context.Context, reports <-chan bundleReport, up
 			case r.bundles != nil:
 				grace.Stop()
 				going = false
-				if !r.bundles.Equal(latest) {
-					latest = r.bundles
-					update(latest)
+				if !r.bundles.Equal(said) {
+					said = r.bundles
+					update(said)
 				}
-			case r.gone && latest != nil && !going:
+			case r.gone && said != none && !going:
 				going = true
 				grace.Reset(b.cfg.WithdrawGrace)
 			}
 		case <-grace.C:
-			latest, going = nil, false
-			update(ca.NewBundles(nil))
+			said, going = none, false
+			update(none)
 		}
 	}
 }

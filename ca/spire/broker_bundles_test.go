@@ -153,6 +153,10 @@ func TestBrokerWatchBundles(t *testing.T) {
 	inBrokerBubble(t, "of a pod that the agent does not know", func(t *testing.T, w *world) {
 		w.agent.SetPods()
 		updates := bundleUpdates(t, w.provider, foreign)
+		pass(time.Minute)
+		if b := oneUpdate(t, updates); len(b.Domains()) != 0 {
+			t.Errorf("got bundles of %v for a pod that is none", b.Domains())
+		}
 		pass(time.Hour)
 		noUpdate(t, updates)
 	})

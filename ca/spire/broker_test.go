@@ -161,6 +161,9 @@ func TestBrokerReference(t *testing.T) {
 		if ev := e.want(t, ca.Unavailable, "POD_UID"); !errors.Is(ev.Err, ca.ErrConfig) {
 			t.Errorf("%v is no ErrConfig", ev.Err)
 		}
+		if b := oneUpdate(t, updates); len(b.Domains()) != 0 {
+			t.Errorf("got bundles of %v for a pod that cannot be named", b.Domains())
+		}
 		noUpdate(t, updates)
 	})
 	inBrokerBubble(t, "a name that another pod has now", func(t *testing.T, w *world) {

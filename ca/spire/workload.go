@@ -57,9 +57,7 @@ func (p *workloadProvider) WatchBundles(ctx context.Context, _ ca.WorkloadRef, u
 		case ca.Available:
 			next = domainOf(ev.SVID.Bundles, ev.SVID.ID.TrustDomain())
 		case ca.Withdrawn:
-			if latest != nil {
-				next = ca.NewBundles(nil)
-			}
+			next = ca.NewBundles(nil)
 		}
 		if !next.Equal(latest) {
 			latest = next
