@@ -42,7 +42,7 @@ const (
 const socksWait = 10 * time.Second
 
 // nameResolver finds the addresses of the host names in SOCKS5 requests, IPv6 or
-// IPv4 ones.
+// IPv4 ones. Its errors say the name.
 type nameResolver interface {
 	LookupIP(ctx context.Context, name string, v6 bool) ([]netip.Addr, error)
 }
@@ -183,13 +183,14 @@ func (p *Proxy) lookUpName(ctx context.Context, host string, port uint16, v6 boo
 	switch {
 	case p.names == nil:
 		return netip.AddrPort{}, notSupported("request for the host name %q, but the DNS proxy is off", host)
-	// What DNS libraries give a meaning of its own, and what belongs into no log.
 	case slices.ContainsFunc([]byte(host), func(c byte) bool { return c <= ' ' || c >= 0x7f || c == '\\' }):
+		// DNS libraries give the backslash a meaning of its own, and a name is no place
+		// for the others.
 		return netip.AddrPort{}, notSupported("request for the host name %q, want letters, digits, '-', '_' and '.'", host)
 	}
 	addrs, err := p.names.LookupIP(ctx, host, v6)
 	if err != nil {
-		return netip.AddrPort{}, &socksError{socksUnresolved, fmt.Errorf("resolve %q: %w", host, err)}
+		return netip.AddrPort{}, &socksError{socksUnresolved, err}
 	}
 	i := slices.IndexFunc(addrs, connectable)
 	if i < 0 {

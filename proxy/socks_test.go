@@ -32,7 +32,7 @@ type answers map[string][]netip.Addr
 func (a answers) LookupIP(_ context.Context, name string, v6 bool) ([]netip.Addr, error) {
 	addrs, ok := a[fmt.Sprintf("%s/%v", name, v6)]
 	if !ok {
-		return nil, errors.New("NXDOMAIN")
+		return nil, fmt.Errorf("resolve %q: NXDOMAIN", name)
 	}
 	return addrs, nil
 }
@@ -301,7 +301,7 @@ type stuck struct{ asked chan context.Context }
 func (s stuck) LookupIP(ctx context.Context, _ string, _ bool) ([]netip.Addr, error) {
 	s.asked <- ctx
 	<-ctx.Done()
-	return nil, context.Cause(ctx)
+	return nil, fmt.Errorf("resolve %q: %w", "slow.example", context.Cause(ctx))
 }
 
 // leaver is a connection whose peer has reset it when the test says so.
@@ -427,7 +427,7 @@ func TestSOCKSRepliesBeforeConnecting(t *testing.T) {
 // destination, by which address of the pod ever.
 func TestFault_087_SOCKSSelfCall(t *testing.T) {
 	inMesh(t, func(t *testing.T, m *mesh) {
-		client := m.add("client", "10.0.1.2", withConfig(func(c *Config) { c.IllegalPorts = append(c.IllegalPorts, socksListener.Port()) }))
+		client := m.add("client", "10.0.1.2", withConfig(func(c *Config) { c.SOCKSAddr = socksListener }))
 		client.proxy.names = answers{"localhost/false": {netip.MustParseAddr("127.0.0.1")}}
 		calls := 0
 		for _, port := range []uint16{15001, 15006, 15008, 15080} {
