@@ -95,56 +95,72 @@ func (p *Proxy) awaitHeir(ctx context.Context) {
 // takes them, they come for as long as we listen: what was in the queues is served
 // by then.
 func (p *Proxy) serveQueues(ctx context.Context) {
-	open := p.listening()
-	steered, err := steer(open)
-	if err != nil {
+	var queues []*queue
+	var failed []error
+	for _, o := range p.listening() {
+		q := &queue{opened: o, seen: o.accepted.Load()}
+		failed = append(failed, q.steer())
+		queues = append(queues, q)
+	}
+	if err := errors.Join(failed...); err != nil {
 		p.log.WarnContext(ctx, "new connections cannot be steered to the next proxy: a few may be reset when our listeners close",
 			"error", err.Error())
 	}
 	tick := time.NewTicker(drainTick)
 	defer tick.Stop()
 	begin := time.Now()
-	last, seen := begin, accepted(open)
-	for {
+	for last := begin; ; {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return
 		}
-		now, before := time.Now(), steered
-		n := accepted(open)
-		if n != seen || !steered { // another process may have come, or gone
-			steered, _ = steer(open)
+		now, alone := time.Now(), true
+		for _, q := range queues {
+			if q.look() {
+				last = now
+			}
+			alone = alone && !q.steered
 		}
-		if n != seen || steered != before {
-			last, seen = now, n
-		}
-		if now.Sub(last) >= drainQuiet || now.Sub(begin) >= drainMost || !steered && now.Sub(begin) >= drainAlone {
+		if now.Sub(last) >= drainQuiet || now.Sub(begin) >= drainMost || alone && now.Sub(begin) >= drainAlone {
 			return
 		}
 	}
 }
 
-func accepted(open []opened) (n uint64) {
-	for _, o := range open {
-		n += o.accepted.Load()
-	}
-	return n
+// queue is that of a listener which is about to close.
+type queue struct {
+	opened
+	seen    uint64 // what it had accepted at the last look
+	steered bool   // new connections go elsewhere
+	fresh   bool   // since the last look
 }
 
-// steer sends new connections to another process, and tells whether there is one.
-func steer(open []opened) (steered bool, _ error) {
-	var failed []error
-	for _, o := range open {
-		l, ok := o.ln.(netns.Yielder)
-		if !ok {
-			continue
-		}
-		there, err := l.Yield()
-		if err != nil {
-			failed = append(failed, fmt.Errorf("%s listener: %w", o.component, err))
-		}
-		steered = steered || there
+// look tells whether something has happened since the last one.
+func (q *queue) look() bool {
+	n, before := q.accepted.Load(), q.steered
+	came := n != q.seen
+	q.seen = n
+	// What comes in the first moment was in the queue already. What comes later says
+	// that another process has come or gone, or is on its way out itself.
+	if !q.steered || came && !q.fresh {
+		_ = q.steer() // told when it failed first
+	} else {
+		q.fresh = false
 	}
-	return steered, errors.Join(failed...)
+	return came || q.steered != before
+}
+
+// steer sends new connections to another process, if there is one.
+func (q *queue) steer() error {
+	l, ok := q.ln.(netns.Yielder)
+	if !ok {
+		return nil
+	}
+	var err error
+	if q.steered, err = l.Yield(); err != nil {
+		return fmt.Errorf("%s listener: %w", q.component, err)
+	}
+	q.fresh = true
+	return nil
 }
