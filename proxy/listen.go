@@ -58,8 +58,7 @@ func (p *Proxy) setEntries() {
 // held, and a Proxy with a DNS server is of no more use; after Drain it is
 // ErrDraining.
 func (p *Proxy) Bind(ctx context.Context) error {
-	bounds := make([]netns.Bound, 0, len(p.entries))
-	err := p.bind(ctx, &bounds)
+	bounds, err := p.bind(ctx)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.drained {
@@ -78,20 +77,21 @@ func (p *Proxy) Bind(ctx context.Context) error {
 	return nil
 }
 
-func (p *Proxy) bind(ctx context.Context, bounds *[]netns.Bound) error {
+// bind returns what it has bound also with an error.
+func (p *Proxy) bind(ctx context.Context) (bounds []netns.Bound, _ error) {
 	if p.dns != nil {
 		if err := p.dns.Bind(ctx); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	for _, e := range p.entries {
 		b, err := p.cfg.Network.Bind(ctx, e.addr)
 		if err != nil {
-			return fmt.Errorf("%s listener: %w", e.component, err)
+			return bounds, fmt.Errorf("%s listener: %w", e.component, err)
 		}
-		*bounds = append(*bounds, b)
+		bounds = append(bounds, b)
 	}
-	return nil
+	return bounds, nil
 }
 
 // Listen listens on what Bind took, or binds and listens, and binds the UDP
@@ -106,17 +106,12 @@ func (p *Proxy) Listen(ctx context.Context) error {
 	}
 	drained := p.drained
 	p.mu.Unlock()
-	listeners := make([]netns.Listener, 0, len(p.entries))
+	var listeners []netns.Listener
 	err := ErrDraining
 	if !drained {
-		err = p.listen(ctx, bounds, &listeners)
+		listeners, err = p.listen(ctx, bounds)
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.drained {
-		err = ErrDraining
-	}
-	if err != nil {
+	if err = p.take(err, listeners); err != nil {
 		for _, b := range bounds {
 			if b != nil {
 				b.Close()
@@ -128,18 +123,36 @@ func (p *Proxy) Listen(ctx context.Context) error {
 		p.drainDNS()
 		return err
 	}
-	p.opened = true
 	for i, e := range p.entries {
-		e.ln, e.transparent = listeners[i], listeners[i].Transparent()
-		p.log.InfoContext(ctx, "listener established", "address", e.ln.Addr(), "component", e.component, "transparent", e.transparent)
+		p.log.InfoContext(ctx, "listener established",
+			"address", listeners[i].Addr(), "component", e.component, "transparent", listeners[i].Transparent())
 	}
 	return nil
 }
 
-func (p *Proxy) listen(ctx context.Context, bounds []netns.Bound, listeners *[]netns.Listener) error {
+// take makes the listeners those of the entries, unless opening them has failed or
+// Drain was called meanwhile.
+func (p *Proxy) take(err error, listeners []netns.Listener) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.drained:
+		return ErrDraining
+	case err != nil:
+		return err
+	}
+	p.opened = true
+	for i, e := range p.entries {
+		e.ln, e.transparent = listeners[i], listeners[i].Transparent()
+	}
+	return nil
+}
+
+// listen returns what it has opened also with an error.
+func (p *Proxy) listen(ctx context.Context, bounds []netns.Bound) (listeners []netns.Listener, _ error) {
 	if p.dns != nil {
 		if err := p.dns.Listen(ctx); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	for i, e := range p.entries {
@@ -151,11 +164,11 @@ func (p *Proxy) listen(ctx context.Context, bounds []netns.Bound, listeners *[]n
 			ln, err = p.cfg.Network.Listen(ctx, e.addr)
 		}
 		if err != nil {
-			return fmt.Errorf("%s listener: %w", e.component, err)
+			return listeners, fmt.Errorf("%s listener: %w", e.component, err)
 		}
-		*listeners = append(*listeners, ln)
+		listeners = append(listeners, ln)
 	}
-	return nil
+	return listeners, nil
 }
 
 // drainDNS lets the DNS server end. Before it runs, that closes it.
