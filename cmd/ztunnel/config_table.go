@@ -132,7 +132,7 @@ var proxyVars = group{name: "Proxy", doc: "What this process is and where it sta
 		set: to(parseWorkloadInfo, func(c *Config) *WorkloadInfo { return &c.Proxy.Workload })},
 	{name: "PROXY_WORKLOAD_PID", typ: "number", doc: "The PID of a process of that workload, as this process sees it. `SPIRE_REFERENCE=pid` and `SPIFFE_BROKER_ATTESTATION=pid` need it. Ours.",
 		set: to(number[int](1, maxPID), func(c *Config) *int { return &c.Proxy.WorkloadPID })},
-	{name: "POD_UID", typ: "string", doc: "The UID of the workload's pod in `dedicated` mode, by which SPIRE knows it. Ours.",
+	{name: "POD_UID", typ: "string", doc: "The UID of the pod, by which SPIRE knows it: of the workload in `dedicated` mode, of the proxy itself in `shared` mode. Ours.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.PodUID })},
 	{name: "NODE_NAME", typ: "string", doc: "The name of this node. Workloads with the same node are local.",
 		set: to(text, func(c *Config) *string { return &c.Proxy.Node })},

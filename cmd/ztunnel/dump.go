@@ -54,7 +54,7 @@ func dumpCertificates(statuses []ca.Status) any {
 type ourDump struct {
 	Certificates []ourCertificate  `json:"certificates"`
 	Connections  *connectionsDump  `json:"connections,omitempty"` // dedicated mode
-	Pods         []podDump         `json:"pods,omitempty"`        // shared mode, as the next
+	Pods         []podDump         `json:"pods,omitzero"`         // shared mode, as the next
 	ZDS          *zdsDump          `json:"zds,omitempty"`
 	Ports        []portDump        `json:"ports"`
 	LocalError   string            `json:"localConfigError,omitempty"`

@@ -89,6 +89,7 @@ func (n *node) run(ctx context.Context) error {
 	case err := <-done:
 		failure = fmt.Errorf("data path: %w", cmp.Or(err, errEnded))
 		if _, ok := errors.AsType[*inpod.ProtocolError](err); ok {
+			late.Reset(logPatience)
 			return failure
 		}
 		cause = failure

@@ -2,8 +2,6 @@ package main
 
 import (
 	"cmp"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -250,8 +248,7 @@ func inpodConfig(cfg *Config) inpod.Config {
 // network: there the next one gets the pods when this one has left (design D14).
 func handOver(cfg *Config) time.Duration {
 	const most = 10 * time.Second
-	path := filepath.Clean(cfg.Inpod.UDS)
-	if !strings.HasPrefix(path, "/var/run/cilium/") && !strings.HasPrefix(path, "/run/cilium/") {
+	if !inpod.Cilium(cfg.Inpod.UDS) {
 		return 0
 	}
 	return min(most, cfg.Proxy.TerminationDeadline/2)

@@ -169,9 +169,9 @@ func TestID_IP24_ProtocolErrorExits(t *testing.T) {
 	}
 }
 
-// A pod that cannot be served is refused to the agent, and keeps nobody from
+// LC-03 in shared mode: a pod that cannot be served is refused to the agent, and keeps nobody from
 // being ready. It shows with its reason.
-func TestShared_FailedPod(t *testing.T) {
+func TestID_LC03_SharedPodPort(t *testing.T) {
 	s := newOnNode(t)
 	s.agent.serve()
 	s.start()
@@ -291,9 +291,9 @@ func TestID_E203_SelfListener(t *testing.T) {
 	}
 }
 
-// Decision D14: on a shared host network, ports of the process that another one
+// LC-06 in shared mode (decision D14): on a shared host network, ports of the process that another one
 // has are waited for, without an end, and shown. Pods are served meanwhile.
-func TestShared_HostPortsAreWaitedFor(t *testing.T) {
+func TestID_LC06_SharedHostPorts(t *testing.T) {
 	s := newOnNode(t, "POD_NAME=ztunnel-x", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=ztunnel")
 	host := netns.NewHost(netns.HostConfig{})
 	var other []netns.Listener

@@ -127,8 +127,7 @@ func (cfg *Config) check() error {
 	}
 	if cfg.NACK == NACKAuto {
 		cfg.NACK = NACKAlways
-		path := filepath.Clean(cfg.Path) + "/"
-		if strings.HasPrefix(path, "/var/run/cilium/") || strings.HasPrefix(path, "/run/cilium/") {
+		if Cilium(cfg.Path) {
 			cfg.NACK = NACKNever
 		}
 	}
@@ -142,4 +141,11 @@ func (cfg *Config) check() error {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	return nil
+}
+
+// Cilium tells by the path of its socket whether the agent is Cilium's. It has one
+// connection, and proxies that share the host's network (decisions D13 and D14).
+func Cilium(path string) bool {
+	path = filepath.Clean(path) + "/"
+	return strings.HasPrefix(path, "/var/run/cilium/") || strings.HasPrefix(path, "/run/cilium/")
 }
