@@ -98,7 +98,6 @@ func (p *pod) auditAddresses(ctx context.Context, w *state.Workload, all bool) b
 	if err != nil && before == nil {
 		p.mismatched = time.Now()
 	}
-	p.m.count()
 	p.m.mu.Unlock()
 	switch {
 	case err != nil && before == nil:

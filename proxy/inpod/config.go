@@ -33,7 +33,8 @@ const (
 	NACKNever
 )
 
-// Namespace is the network namespace of a pod: what netns.Pod is.
+// Namespace is the network namespace of a pod: what netns.Pod is. It may be a
+// Visitor, too.
 type Namespace interface {
 	netns.Network
 	// Addresses are those of the interfaces other than the loopback, never IPv4 in
@@ -44,6 +45,15 @@ type Namespace interface {
 	// LoopbackIPv6 tells whether [::1] can be bound there.
 	LoopbackIPv6() (bool, error)
 }
+
+// Visitor is a Namespace that is entered once for several sockets: those that f
+// opens with its ctx. f may run in another goroutine than the caller, which waits
+// for it.
+type Visitor interface {
+	Visit(ctx context.Context, f func(ctx context.Context) error) error
+}
+
+var _ Proxy = (*proxy.Proxy)(nil)
 
 // Pod is what the proxy of a pod has to know of it.
 type Pod struct {

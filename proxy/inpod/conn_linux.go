@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
 
 const (
@@ -19,6 +21,11 @@ const (
 	// sendTimeout bounds the sending of a packet, which blocks only if the agent has
 	// stopped to read.
 	sendTimeout = 5 * time.Second
+)
+
+var (
+	_ Namespace = (*netns.Pod)(nil)
+	_ Visitor   = (*netns.Pod)(nil)
 )
 
 // socket is a SOCK_SEQPACKET connection to the agent.

@@ -3,7 +3,6 @@ package inpod
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -48,19 +47,6 @@ func pair(t *testing.T) (ours *socket, agent *net.UnixConn) {
 	}
 	t.Cleanup(func() { _ = agent.Close() })
 	return c.(*socket), agent
-}
-
-// tempFiles opens n files, that of a number always the same.
-func tempFiles(t testing.TB, dir string, n int) (all []*os.File) {
-	t.Helper()
-	for i := range n {
-		f, err := os.OpenFile(filepath.Join(dir, fmt.Sprint("f", i)), os.O_CREATE|os.O_RDONLY, 0o600)
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, f)
-	}
-	return all
 }
 
 func rights(all []*os.File) []byte {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -363,3 +364,16 @@ func mustMarshal(t testing.TB, m proto.Message) []byte {
 }
 
 func files(f ...*os.File) []*os.File { return f }
+
+// tempFiles opens n files, that of a number always the same.
+func tempFiles(t testing.TB, dir string, n int) (all []*os.File) {
+	t.Helper()
+	for i := range n {
+		f, err := os.OpenFile(filepath.Join(dir, fmt.Sprint("f", i)), os.O_CREATE|os.O_RDONLY, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, f)
+	}
+	return all
+}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/ztunnel-go/ztunnel/admin"
 	"github.com/ztunnel-go/ztunnel/proxy/inpod/zdspb"
 )
 
@@ -402,4 +403,22 @@ func TestStatus(t *testing.T) {
 			t.Errorf("after the end (-want +got):\n%s", diff)
 		}
 	})
+}
+
+// Every family says that it is unstable, and keeps the rules of the exposition.
+func TestMetricsHelp(t *testing.T) {
+	w := newWorld(t)
+	w.m.cfg.Metrics.nacks.WithLabelValues(refusedStart).Inc()
+	if err := admin.CheckHelp(w.registry); err != nil {
+		t.Error(err)
+	}
+	families, err := w.registry.Gather()
+	if err != nil || len(families) != 9 {
+		t.Fatalf("got %d families, %v, want 9", len(families), err)
+	}
+	for _, f := range families {
+		if !strings.HasSuffix(f.GetHelp(), "(unstable)") {
+			t.Errorf("%s: %s", f.GetName(), f.GetHelp())
+		}
+	}
 }

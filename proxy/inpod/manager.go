@@ -71,6 +71,7 @@ func New(cfg Config) (*Manager, error) {
 		zds:      connection{err: errNotTried},
 	}
 	m.dial = m.dialAgent
+	cfg.Metrics.pods.manager.Store(m)
 	return m, nil
 }
 
@@ -94,12 +95,13 @@ func (m *Manager) Run(ctx context.Context) error {
 	})
 	parts.Go(func() { m.audit(zds) })
 	err := m.follow(zds, pods) // the connection is closed when it returns
-	if err != nil {
-		cut(err)
-	}
 	leave(nil)
 	parts.Wait()
-	m.drainPods()
+	if err != nil {
+		cut(err)
+	} else if ctx.Err() == nil {
+		m.drainPods()
+	}
 	m.running.Wait()
 	if err != nil {
 		return err
@@ -157,6 +159,16 @@ func (m *Manager) wake() {
 	case m.look <- struct{}{}:
 	default: // it will
 	}
+}
+
+// recovered is do, with a panic as its error.
+func (m *Manager) recovered(ctx context.Context, what string, do func(context.Context) error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = m.panicked(ctx, what, r)
+		}
+	}()
+	return do(ctx)
 }
 
 // panicked keeps a panic within what it has happened in (design D21).

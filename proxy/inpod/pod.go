@@ -64,7 +64,6 @@ func (p *pod) set(s State, reason string) {
 		p.state, p.since = s, time.Now()
 	}
 	p.reason = reason
-	p.m.count()
 }
 
 // supervise starts the proxy of the pod and keeps it running until ctx ends, or
@@ -137,7 +136,6 @@ func (p *pod) end() {
 	if m.pods[p.about.UID] == p { // at the end of the drain
 		delete(m.pods, p.about.UID)
 	}
-	m.count()
 	m.mu.Unlock()
 	close(p.done)
 	m.evaluate()
@@ -198,10 +196,8 @@ func (p *pod) serve(ctx context.Context) error {
 
 // start makes a proxy that listens. The proxy may be there without being of use.
 func (p *pod) start(ctx context.Context, restart context.CancelCauseFunc) (proxy Proxy, err error) {
-	if proxy, err = p.bind(ctx, restart); err != nil {
-		return proxy, err
-	}
-	if !p.m.isOpen() {
+	listens := p.m.isOpen()
+	if proxy, err = p.bind(ctx, restart, listens); err == nil && !listens {
 		p.bound()
 		p.report(nil)
 		select {
@@ -211,15 +207,18 @@ func (p *pod) start(ctx context.Context, restart context.CancelCauseFunc) (proxy
 		case <-ctx.Done():
 			return proxy, context.Cause(ctx)
 		}
+		err = p.step(ctx, "listen", func(ctx context.Context) error {
+			return p.visit(ctx, "listen", proxy.Listen)
+		})
 	}
-	err = p.step(ctx, "listen", proxy.Listen)
 	p.report(err)
 	return proxy, err
 }
 
-// bind makes a proxy that has its ports.
-func (p *pod) bind(ctx context.Context, restart context.CancelCauseFunc) (proxy Proxy, err error) {
-	err = p.step(ctx, "start", func(ctx context.Context) error {
+// bind makes a proxy that has its ports, and listens on them if it should.
+func (p *pod) bind(ctx context.Context, restart context.CancelCauseFunc, listen bool) (proxy Proxy, err error) {
+	const what = "start"
+	err = p.step(ctx, what, func(ctx context.Context) error {
 		about := p.about
 		network, err := p.m.cfg.Network(p.ns)
 		if err != nil {
@@ -236,23 +235,32 @@ func (p *pod) bind(ctx context.Context, restart context.CancelCauseFunc) (proxy 
 			return errDraining
 		}
 		proxy = made
-		return proxy.Bind(ctx)
+		return p.visit(ctx, what, func(ctx context.Context) error {
+			if err := proxy.Bind(ctx); err != nil || !listen {
+				return err
+			}
+			return proxy.Listen(ctx)
+		})
 	})
 	return proxy, err
 }
 
+// visit does what opens sockets of the pod, in one visit of its namespace.
+func (p *pod) visit(ctx context.Context, what string, do func(context.Context) error) error {
+	v, ok := p.network.(Visitor) // only this goroutine sets it
+	if !ok {
+		return do(ctx)
+	}
+	return v.Visit(ctx, func(ctx context.Context) error { return p.m.recovered(ctx, what, do) })
+}
+
 // step does one part of a start: bounded, one of few at a time, and with its
 // panics recovered.
-func (p *pod) step(ctx context.Context, what string, do func(context.Context) error) (err error) {
+func (p *pod) step(ctx context.Context, what string, do func(context.Context) error) error {
 	defer p.m.starts.begin(ctx)()
-	defer func() {
-		if r := recover(); r != nil {
-			err = p.m.panicked(ctx, what, r)
-		}
-	}()
 	ctx, cancel := context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("%s: not done within %s", what, startTimeout))
 	defer cancel()
-	return do(ctx)
+	return p.m.recovered(ctx, what, do)
 }
 
 // enters lets the audit look at the namespace.

@@ -37,7 +37,7 @@ func (m *Manager) take(ctx context.Context, p packet) (refusal string, failure e
 		m.cfg.Metrics.nacks.WithLabelValues(refusedRead).Inc()
 		return "failure to read message : " + err.Error(), fmt.Errorf("read message: %w", err)
 	}
-	err = m.handle(ctx, msg)
+	err = m.recovered(ctx, "message of the node agent", func(ctx context.Context) error { return m.handle(ctx, msg) })
 	var start *startError
 	switch {
 	case err == nil:
@@ -57,14 +57,8 @@ func (m *Manager) take(ctx context.Context, p packet) (refusal string, failure e
 	return "failure to process message : " + err.Error(), err
 }
 
-// handle carries out one message. The error is a *startError, a *ProtocolError,
-// or what a panic has left.
-func (m *Manager) handle(ctx context.Context, msg message) (err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			err = m.panicked(ctx, "message of the node agent", r)
-		}
-	}()
+// handle carries out one message. The error is a *startError or a *ProtocolError.
+func (m *Manager) handle(ctx context.Context, msg message) error {
 	switch r := msg.request.GetPayload().(type) {
 	case *zdspb.WorkloadRequest_Add:
 		return m.add(ctx, r.Add, msg.ns)
@@ -148,7 +142,6 @@ func (m *Manager) admit(p *pod) bool {
 	}
 	p.state, p.since = Starting, time.Now()
 	m.pods[p.about.UID] = p
-	m.count()
 	return true
 }
 
@@ -157,7 +150,6 @@ func (m *Manager) remove(p *pod, cause error) {
 	delete(m.pods, p.about.UID)
 	m.ending[p] = struct{}{}
 	p.set(Draining, cause.Error())
-	m.count()
 	p.cut(cause)
 }
 

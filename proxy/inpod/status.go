@@ -171,26 +171,3 @@ func (m *Manager) held() []*pod {
 	}
 	return held
 }
-
-// count shows how many pods are in which state. The caller holds m.mu.
-func (m *Manager) count() {
-	var active, pending int
-	n := map[State]int{}
-	for _, p := range m.pods {
-		if p.state == Failed {
-			pending++
-		}
-		if p.state == Active {
-			active++
-		}
-		n[p.status().State]++
-	}
-	for p := range m.ending {
-		n[p.state]++
-	}
-	m.cfg.Metrics.active.Set(float64(active))
-	m.cfg.Metrics.pending.Set(float64(pending))
-	for _, s := range states {
-		m.cfg.Metrics.pods.WithLabelValues(string(s)).Set(float64(n[s]))
-	}
-}
