@@ -73,9 +73,8 @@ func (p *pod) supervise(ctx context.Context) {
 	p.awaitPredecessors(ctx)
 	for p.wanted(ctx) {
 		err := p.serve(ctx)
-		p.report(err) // unless it has
 		if !p.wanted(ctx) {
-			return
+			break
 		}
 		var again *restartError
 		if errors.As(err, &again) {
@@ -83,6 +82,7 @@ func (p *pod) supervise(ctx context.Context) {
 			continue
 		}
 		p.failed(ctx, err)
+		p.report(err) // when it shows: the next message may be about that
 		timer := time.NewTimer(retryEvery)
 		select {
 		case <-timer.C:
@@ -183,6 +183,7 @@ func (p *pod) serve(ctx context.Context) error {
 		return err
 	}
 	p.running()
+	p.report(nil)
 	err = proxy.Run(ctx)
 	p.m.cfg.Metrics.stopped.Inc()
 	switch cause := context.Cause(ctx); {
@@ -211,7 +212,6 @@ func (p *pod) start(ctx context.Context, restart context.CancelCauseFunc) (proxy
 			return p.visit(ctx, "listen", proxy.Listen)
 		})
 	}
-	p.report(err)
 	return proxy, err
 }
 
