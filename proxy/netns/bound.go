@@ -30,7 +30,8 @@ func (s *sockets) Bind(ctx context.Context, addr netip.AddrPort) (Bound, error) 
 	}
 	b := &bound{s: s, addr: s.bindAddr(addr)}
 	if err := s.inside(ctx, b.bind); err != nil {
-		return nil, bindError(b.addr, errors.Join(err, b.Close()))
+		_ = b.Close() // it has not been used
+		return nil, s.bindFailed(unix.IPPROTO_TCP, b.addr, err)
 	}
 	return b, nil
 }
@@ -107,7 +108,7 @@ func (b *bound) Listen(ctx context.Context) (Listener, error) {
 		}
 		return os.NewSyscallError("listen", unix.Listen(fd, b.s.opt.backlog))
 	}); err != nil {
-		return nil, bindError(b.addr, err)
+		return nil, b.s.bindFailed(unix.IPPROTO_TCP, b.addr, err)
 	}
 	ln, err := net.FileListener(b.file) // a duplicate
 	if err != nil {

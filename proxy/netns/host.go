@@ -10,6 +10,8 @@ import (
 	"os"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Defaults of HostConfig (spec/datapath.md §3).
@@ -94,6 +96,8 @@ type options struct {
 	connectTimeout time.Duration
 	enter          func(func() error) error   // runs a function inside the namespace; nil = we live in it
 	visited        func(context.Context) bool // tells whether the calling thread is inside already
+	// inUse adds to an error of binding who has the port; nil = nobody asks.
+	inUse func(protocol uint8, addr netip.AddrPort, err error) error
 }
 
 // sockets is the Network over real sockets that Host and Pod share.
@@ -169,6 +173,14 @@ func withoutIPv6(addr netip.AddrPort, err error) bool {
 	return addr.Addr() == netip.IPv6Unspecified() && errors.Is(err, syscall.EAFNOSUPPORT)
 }
 
+// packetNetwork keeps package net from taking 0.0.0.0 for [::].
+func packetNetwork(addr netip.AddrPort) string {
+	if addr.Addr().Is4() {
+		return "udp4"
+	}
+	return "udp"
+}
+
 func wildcard4(port uint16) netip.AddrPort { return netip.AddrPortFrom(netip.IPv4Unspecified(), port) }
 
 // ListenPacket implements Network. A socket without a port of its own is an
@@ -185,15 +197,15 @@ func (s *sockets) ListenPacket(ctx context.Context, addr netip.AddrPort) (net.Pa
 	err := s.inside(ctx, func() error {
 		lc := net.ListenConfig{Control: s.packetControl(addr)}
 		var err error
-		pc, err = lc.ListenPacket(ctx, "udp", addr.String())
+		pc, err = lc.ListenPacket(ctx, packetNetwork(addr), addr.String())
 		if withoutIPv6(addr, err) {
 			addr = wildcard4(addr.Port())
-			pc, err = lc.ListenPacket(ctx, "udp", addr.String())
+			pc, err = lc.ListenPacket(ctx, packetNetwork(addr), addr.String())
 		}
 		return err
 	})
 	if err != nil {
-		return nil, bindError(addr, err)
+		return nil, s.bindFailed(unix.IPPROTO_UDP, addr, err)
 	}
 	return pc, nil
 }
@@ -271,6 +283,14 @@ func (connectTimeout) Error() string        { return "deadline has elapsed" }
 func (connectTimeout) Timeout() bool        { return true }
 func (connectTimeout) Temporary() bool      { return true }
 func (connectTimeout) Is(target error) bool { return target == os.ErrDeadlineExceeded }
+
+// bindFailed is bindError with what can be found out about it.
+func (s *sockets) bindFailed(protocol uint8, addr netip.AddrPort, err error) error {
+	if s.opt.inUse != nil {
+		err = s.opt.inUse(protocol, addr, err)
+	}
+	return bindError(addr, err)
+}
 
 // bindError drops what net says about the address: the text has it already.
 func bindError(addr netip.AddrPort, err error) error {

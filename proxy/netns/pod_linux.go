@@ -62,6 +62,7 @@ func NewPod(ns *os.File, cfg PodConfig) (*Pod, error) {
 		connectTimeout: cfg.ConnectTimeout,
 		enter:          p.Do,
 		visited:        p.visited,
+		inUse:          p.inUse,
 	}, cfg.Logger)
 	return p, nil
 }
