@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"sync"
 	"syscall"
 	"time"
 
@@ -16,6 +17,9 @@ type tcpListener struct {
 	addr        netip.AddrPort
 	transparent bool
 	s           *sockets
+
+	yieldMu  sync.Mutex // guards yielding
+	yielding yielding
 }
 
 var (

@@ -26,6 +26,9 @@ func streamSocket(family int) (fd int, err error) {
 	return fd, nil
 }
 
+// yielding is empty: without Linux no two proxies share a port.
+type yielding struct{}
+
 func (s *sockets) setListenOptions(int, netip.AddrPort) error { return nil }
 
 func setInt(fd, level, name, value int) error {
