@@ -18,7 +18,7 @@ import (
 
 // ownerTime bounds the search for the process that has a port: a node may run
 // thousands, with many descriptors each.
-const ownerTime = 200 * time.Millisecond
+const ownerTime = time.Second
 
 // PortOwner tells who has a port of the namespace, for TCP or, if nobody, for
 // UDP: "pid 123 (nginx)", or "the socket with inode 456" where none of the
