@@ -152,7 +152,7 @@ func serviceOf(t testing.TB, text string) *state.Service {
 // bing is the nameserver of the matrix.
 func bing(t testing.TB) func(*request) {
 	return func(r *request) {
-		if r.name() != "www.bing.com." || r.Question[0].Qtype != dns.TypeA {
+		if !strings.EqualFold(r.name(), "www.bing.com.") || r.Question[0].Qtype != dns.TypeA {
 			r.answer(t, dns.RcodeNameError)
 			return
 		}

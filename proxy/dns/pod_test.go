@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -27,6 +28,7 @@ var (
 // pod is a network namespace with a DNS proxy in it.
 type pod struct {
 	host     *memnet.Host
+	addr     netip.AddrPort // of the proxy
 	server   *Server
 	registry *prometheus.Registry
 	log      *logged
@@ -43,9 +45,22 @@ func (n *internet) newPod(t testing.TB, cfg ServerConfig) *pod {
 	return p
 }
 
+// newOtherPod is newPod for another pod.
+func (n *internet) newOtherPod(t testing.TB, cfg ServerConfig) *pod {
+	t.Helper()
+	p := n.podAt(t, spyIP, cfg)
+	p.run(t)
+	return p
+}
+
 func (n *internet) makePod(t testing.TB, cfg ServerConfig) *pod {
 	t.Helper()
-	p := &pod{host: n.net.Host(ourIP), registry: prometheus.NewRegistry(), log: &logged{}, done: make(chan struct{})}
+	return n.podAt(t, ourIP, cfg)
+}
+
+func (n *internet) podAt(t testing.TB, ip netip.Addr, cfg ServerConfig) *pod {
+	t.Helper()
+	p := &pod{host: n.net.Host(ip), addr: proxyAddr, registry: prometheus.NewRegistry(), log: &logged{}, done: make(chan struct{})}
 	if cfg.Store == nil {
 		cfg.Store = state.New(state.Config{})
 	}
@@ -99,7 +114,9 @@ func (p *pod) exchange(t testing.TB, proto string, raw []byte) []byte {
 	}
 	pc := p.socket(t)
 	defer pc.Close()
-	sendTo(t, pc, raw)
+	if _, err := pc.WriteTo(raw, net.UDPAddrFromAddrPort(p.addr)); err != nil {
+		t.Error(err)
+	}
 	return receiveFrom(t, pc)
 }
 
@@ -139,7 +156,7 @@ type stub struct{ net.Conn }
 
 func (p *pod) dial(t testing.TB) *stub {
 	t.Helper()
-	c, err := p.host.Dial(t.Context(), netip.Addr{}, proxyAddr)
+	c, err := p.host.Dial(t.Context(), netip.Addr{}, p.addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -206,4 +223,45 @@ func (l *logged) Handle(_ context.Context, r slog.Record) error {
 	defer l.mu.Unlock()
 	l.lines = append(l.lines, text)
 	return nil
+}
+
+// count is how many lines have the text in them.
+func (l *logged) count(text string) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, line := range l.lines {
+		if strings.Contains(line, text) {
+			n++
+		}
+	}
+	return n
+}
+
+// value is that of a counter, or the number of observations, for a type, a protocol
+// and any client.
+func (p *pod) value(t testing.TB, family, qtype, proto string) (sum float64) {
+	t.Helper()
+	families, err := p.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			labels := map[string]string{}
+			for _, l := range m.GetLabel() {
+				labels[l.GetName()] = l.GetValue()
+			}
+			if f.GetName() == family && labels["request_query_type"] == qtype && labels["request_protocol"] == proto {
+				sum += m.GetCounter().GetValue() + float64(m.GetHistogram().GetSampleCount())
+			}
+		}
+	}
+	return sum
+}
+
+func equals(t testing.TB, got, want float64) {
+	t.Helper()
+	if got != want {
+		t.Errorf("got %v, want %v", got, want)
+	}
 }
