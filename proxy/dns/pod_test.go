@@ -16,6 +16,7 @@ import (
 	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/proxy/netns/memnet"
 	"github.com/ztunnel-go/ztunnel/state"
 )
@@ -152,7 +153,7 @@ func receiveFrom(t testing.TB, pc net.PacketConn) []byte {
 const patience = 30 * time.Second
 
 // stub is a TCP client.
-type stub struct{ net.Conn }
+type stub struct{ netns.Conn }
 
 func (p *pod) dial(t testing.TB) *stub {
 	t.Helper()

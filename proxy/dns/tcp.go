@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// streamWait is how long a client may take for one query, from the end of the one
-	// before, and to take an answer (spec/state-xds-dns.md §5.1).
+	// streamWait is how long a client may take for one query, from when it has all its
+	// answers, and to take an answer (spec/state-xds-dns.md §5.1).
 	streamWait = 5 * time.Second
 	// maxQueued answers of one connection wait for those before them. A client that
 	// asks for more waits, too.
@@ -52,14 +52,6 @@ func (ln *listener) drain() {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
 	for c := range ln.conns {
-		_ = c.SetReadDeadline(time.Now().Add(linger))
-	}
-}
-
-// patience bounds the wait of a connection for a query.
-func (ln *listener) patience(c netns.Conn) {
-	_ = c.SetReadDeadline(time.Now().Add(streamWait))
-	if ln.draining.Load() { // after that, so that drain does not come in between
 		_ = c.SetReadDeadline(time.Now().Add(linger))
 	}
 }
@@ -151,6 +143,7 @@ func (s *Server) accepted(ctx, ended context.Context, ln *listener, c netns.Conn
 // stream is one connection of a client. Its answers go out in the order of the
 // queries.
 type stream struct {
+	ln      *listener
 	conn    netns.Conn
 	length  [2]byte // of the query that is being read
 	pending sync.WaitGroup
@@ -161,13 +154,14 @@ type stream struct {
 
 // queued is an answer that waits for its turn.
 type queued struct {
-	msg  []byte        // with its length in front; nil: there is none
-	done chan struct{} // closed when msg is set; nil: it is
+	msg  []byte        // with its length in front, or the rest of it; nil: there is none
+	find func() []byte // finds the answer; nil: there is one
+	done chan struct{} // closed when find has
 }
 
 // serveConn reads the queries of a connection and closes it.
 func (s *Server) serveConn(ctx, ended context.Context, ln *listener, c netns.Conn) {
-	st := &stream{conn: c}
+	st := &stream{ln: ln, conn: c}
 	defer c.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -175,79 +169,96 @@ func (s *Server) serveConn(ctx, ended context.Context, ln *listener, c netns.Con
 	defer st.finish()
 	defer s.recovered(ctx)
 	for {
-		ln.patience(c)
-		w, raw, err := st.read()
+		st.patience()
+		raw, err := st.read()
 		if err != nil {
-			if !errors.Is(err, io.EOF) && !errors.Is(err, os.ErrDeadlineExceeded) {
+			if !isEnd(err) {
 				cancel() // nobody is there to be answered
 			}
 			return
 		}
-		ok := s.query(ctx, cancel, ended, st, w, raw)
-		w.putBack()
-		if !ok {
+		q, err := s.take(ctx, ended, st, raw)
+		if err != nil {
+			cancel()
+			return
+		}
+		if q != nil && !st.put(ctx, cancel, q) {
+			if q.find != nil {
+				s.release()
+			}
 			return
 		}
 	}
 }
 
-// read returns the next query, and memory that the caller puts back.
-func (st *stream) read() (w *work, raw []byte, err error) {
-	if _, err := io.ReadFull(st.conn, st.length[:]); err != nil {
-		return nil, nil, err
+// patience bounds the wait for a query, unless the client waits for an answer. What
+// changes meanwhile is seen by whoever comes last.
+func (st *stream) patience() {
+	if st.waiting.Load() > 0 {
+		_ = st.conn.SetReadDeadline(time.Time{})
 	}
-	n := int(binary.BigEndian.Uint16(st.length[:]))
-	w = takeWork()
-	if raw = w.in[:]; n > len(raw) {
-		raw = make([]byte, n)
+	if st.waiting.Load() == 0 {
+		_ = st.conn.SetReadDeadline(time.Now().Add(streamWait))
 	}
-	if _, err := io.ReadFull(st.conn, raw[:n]); err != nil {
-		w.putBack()
-		return nil, nil, err
+	if st.ln.draining.Load() {
+		_ = st.conn.SetReadDeadline(time.Now().Add(linger))
 	}
-	return w, raw[:n], nil
 }
 
-// query answers one query, or queues its answer. It is false if the client takes no
-// more of them.
-func (s *Server) query(ctx context.Context, cancel func(), ended context.Context, st *stream, w *work, raw []byte) bool {
-	reply, source, v := s.now(ended, w, raw, overTCP)
-	if v == awaited {
-		if s.reserve() {
-			raw = slices.Clone(raw)
-			return st.enqueue(ctx, cancel, func() []byte {
-				defer s.release()
-				return s.later(ctx, raw, overTCP, source)
-			})
-		}
-		s.refused(ctx, &w.query, source)
-		reply, v = w.query.refuse(w.out[2:], dns.RcodeServerFailure), answered
+// isEnd tells whether a client only has no more queries.
+func isEnd(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// read returns the next query. It takes no more memory than has come.
+func (st *stream) read() ([]byte, error) {
+	if _, err := io.ReadFull(st.conn, st.length[:]); err != nil {
+		return nil, err
 	}
-	if v == dropped {
-		return true
+	n := int(binary.BigEndian.Uint16(st.length[:]))
+	raw := make([]byte, 0, min(n, plainDatagram))
+	for len(raw) < n {
+		raw = slices.Grow(raw, 1)
+		room := raw[len(raw):min(cap(raw), n)]
+		got, err := st.conn.Read(room)
+		if raw = raw[:len(raw)+got]; err != nil && len(raw) < n {
+			return nil, err
+		}
+	}
+	return raw, nil
+}
+
+// take answers a query if that takes no time and the client takes the answer.
+// Otherwise it returns what has to wait; room is reserved for it if that is a query.
+func (s *Server) take(ctx, ended context.Context, st *stream, raw []byte) (*queued, error) {
+	w := takeWork()
+	defer w.putBack()
+	reply, source, v := s.now(ended, w, raw, overTCP)
+	switch {
+	case v == dropped:
+		return nil, nil
+	case v == awaited && s.reserve():
+		return &queued{done: make(chan struct{}), find: func() []byte {
+			defer s.release()
+			return s.later(ctx, raw, overTCP, source)
+		}}, nil
+	case v == awaited:
+		s.refused(ctx, &w.query, source)
+		reply = w.query.refuse(w.out[2:], dns.RcodeServerFailure)
 	}
 	binary.BigEndian.PutUint16(w.out[:], uint16(len(reply)))
 	msg := w.out[:2+len(reply)]
 	if st.waiting.Load() == 0 {
-		return st.write(msg) == nil
-	}
-	msg = slices.Clone(msg)
-	return st.put(ctx, cancel, &queued{msg: msg})
-}
-
-// enqueue puts the answer in the queue that f will return.
-func (st *stream) enqueue(ctx context.Context, cancel func(), f func() []byte) bool {
-	q := &queued{done: make(chan struct{})}
-	st.pending.Go(func() {
-		defer close(q.done)
-		if reply := f(); reply != nil {
-			q.msg = append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(reply)), uint16(len(reply))), reply...)
+		n, err := st.conn.TryWrite(msg)
+		if err != nil || n == len(msg) {
+			return nil, err
 		}
-	})
-	return st.put(ctx, cancel, q)
+		msg = msg[n:]
+	}
+	return &queued{msg: slices.Clone(msg)}, nil
 }
 
-// put waits for room in the queue.
+// put waits for room in the queue. It is false if the connection ends before.
 func (st *stream) put(ctx context.Context, cancel func(), q *queued) bool {
 	if st.queue == nil {
 		st.queue = make(chan *queued, maxQueued)
@@ -256,28 +267,41 @@ func (st *stream) put(ctx context.Context, cancel func(), q *queued) bool {
 	st.waiting.Add(1)
 	select {
 	case st.queue <- q:
-		return true
 	case <-ctx.Done():
 		return false
+	}
+	if q.find != nil {
+		st.pending.Go(q.answer)
+	}
+	return true
+}
+
+func (q *queued) answer() {
+	defer close(q.done)
+	if reply := q.find(); reply != nil {
+		q.msg = append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(reply)), uint16(len(reply))), reply...)
 	}
 }
 
 // writeQueued writes answers in their turn. After an error it ends what is under way.
 func (st *stream) writeQueued(cancel func()) {
 	for q := range st.queue {
-		if q.done != nil {
+		if q.find != nil {
 			<-q.done
 		}
 		if q.msg != nil && st.write(q.msg) != nil {
 			cancel()
 		}
-		st.waiting.Add(-1)
+		if st.waiting.Add(-1) == 0 {
+			st.patience()
+		}
 	}
 }
 
 func (st *stream) write(msg []byte) error {
 	_ = st.conn.SetWriteDeadline(time.Now().Add(streamWait))
 	_, err := st.conn.Write(msg)
+	_ = st.conn.SetWriteDeadline(time.Time{}) // TryWrite would fail once it has passed
 	return err
 }
 

@@ -32,8 +32,17 @@ type socket struct {
 	udp      *net.UDPConn   // pc, if it is one of the kernel: reading does not allocate
 	readable func() error   // waits for a datagram without taking it; nil if that's not possible
 	answers  sync.WaitGroup // of queries that wait
-	broken   atomic.Pointer[error]
+	fault    atomic.Pointer[fault]
 }
+
+// fault is the last error of a socket.
+type fault struct {
+	err error
+	at  time.Time
+}
+
+// stillFaulty is longer than between two tries to receive.
+const stillFaulty = 3 * time.Second
 
 func newSocket(pc net.PacketConn, addr netip.AddrPort) (*socket, error) {
 	k := &socket{addr: addr, pc: pc}
@@ -48,8 +57,8 @@ func newSocket(pc net.PacketConn, addr netip.AddrPort) (*socket, error) {
 func (k *socket) close() { _ = k.pc.Close() }
 
 func (k *socket) check() error {
-	if err := k.broken.Load(); err != nil {
-		return *err
+	if f := k.fault.Load(); f != nil && time.Since(f.at) < stillFaulty {
+		return f.err
 	}
 	return nil
 }
@@ -105,8 +114,8 @@ func (s *Server) serveUDP(ctx, ended context.Context, k *socket) {
 		case err == nil:
 			s.datagram(ctx, ended, k, w, n, peer)
 			w.putBack()
-			if k.broken.Load() != nil {
-				k.broken.Store(nil)
+			if k.fault.Load() != nil {
+				k.fault.Store(nil)
 				retry.Reset()
 			}
 		case errors.Is(err, net.ErrClosed):
@@ -117,9 +126,10 @@ func (s *Server) serveUDP(ctx, ended context.Context, k *socket) {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return
 		default:
-			if k.broken.Swap(&err) == nil {
+			if k.check() == nil {
 				s.log.ErrorContext(ctx, "DNS queries can't be received", "address", k.addr, "error", err.Error())
 			}
+			k.fault.Store(&fault{err, time.Now()})
 			if !backoff.Sleep(ctx, retry.Next(time.Now())) {
 				return
 			}
