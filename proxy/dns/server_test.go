@@ -231,8 +231,13 @@ func newInternet(t *testing.T, conf string, handle func(*request)) *internet {
 
 func (n *internet) write(file, text string) {
 	n.t.Helper()
-	if err := os.WriteFile(filepath.Join(n.dir, file), []byte(text), 0o600); err != nil {
-		n.t.Fatal(err)
+	write(n.t, filepath.Join(n.dir, file), text)
+}
+
+func write(t testing.TB, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 
