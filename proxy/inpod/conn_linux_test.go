@@ -235,7 +235,7 @@ func TestOtherControlMessages(t *testing.T) {
 
 // Whoever waits for a message is woken by Close, and a send ends with the agent.
 func TestSocketEnds(t *testing.T) {
-	ours, agent := pair(t)
+	ours, _ := pair(t)
 	done := make(chan error, 1)
 	go func() {
 		_, err := ours.receive()
@@ -245,7 +245,7 @@ func TestSocketEnds(t *testing.T) {
 	if err := <-done; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("receive: got %v, want %v", err, net.ErrClosed)
 	}
-	ours, agent = pair(t)
+	ours, agent := pair(t)
 	_ = agent.Close()
 	if err := ours.send([]byte{1}); !errors.Is(err, syscall.EPIPE) {
 		t.Errorf("send: got %v, want %v", err, syscall.EPIPE)

@@ -103,6 +103,7 @@ func (p *pod) awaitPredecessors(ctx context.Context) {
 	if len(p.after) == 0 {
 		return
 	}
+	defer func() { p.after = nil }()
 	timer := time.NewTimer(predecessorPatience)
 	defer timer.Stop()
 	for _, other := range p.after {
@@ -114,7 +115,6 @@ func (p *pod) awaitPredecessors(ctx context.Context) {
 			return
 		}
 	}
-	p.after = nil
 }
 
 // report answers for the first try.
@@ -154,7 +154,8 @@ func (p *pod) failed(ctx context.Context, err error) {
 	}
 	p.m.mu.Unlock()
 	p.m.evaluate()
-	p.log.Log(ctx, level, "a pod is not served: its proxy has failed and is started again", "error", reason, "retry_in", retryEvery.String())
+	p.log.Log(ctx, level, "a pod is not served: its proxy has failed and is started again", "error", reason,
+		"is_network_namespace", isNetNS(p.ns), "retry_in", retryEvery.String())
 }
 
 // restartError ends a proxy in order to start another one.

@@ -90,9 +90,6 @@ func (m *Manager) add(ctx context.Context, add *zdspb.AddWorkload, ns *os.File) 
 		about: Pod{UID: add.GetUid(), Name: info.GetName(), Namespace: info.GetNamespace(), ServiceAccount: info.GetServiceAccount()},
 	}
 	p.log = m.log.With("uid", p.about.UID, "pod", p.about.Namespace+"/"+p.about.Name)
-	if !isNetNS(ns) {
-		p.log.WarnContext(ctx, "what the node agent has sent for a pod does not look like a network namespace")
-	}
 	pods, cut := context.WithCancelCause(ctx)
 	p.cut = cut
 	if !m.admit(p) {

@@ -127,54 +127,58 @@ func (r *retries) level(now time.Time) slog.Level {
 // protocol. pods is the context of the pods.
 func (m *Manager) follow(ctx, pods context.Context) error {
 	r := newRetries()
-	for {
-		c, err := m.connect(ctx)
-		if err != nil {
-			return nil // ctx has ended
+	for ctx.Err() == nil {
+		c := m.connect(ctx)
+		if c == nil {
+			break
 		}
 		e := m.session(ctx, pods, c)
 		m.disconnected(e.err)
-		var wrong *ProtocolError
-		switch {
-		case errors.As(e.err, &wrong):
-			m.log.ErrorContext(ctx, "the node agent breaks the ZDS protocol: its version and ours do not fit together", "path", m.cfg.Path, "error", wrong.Err.Error())
+		if wrong, ok := errors.AsType[*ProtocolError](e.err); ok {
+			m.log.ErrorContext(ctx, "the node agent breaks the ZDS protocol: its version and ours do not fit together",
+				"path", m.cfg.Path, "error", wrong.Err.Error())
 			return wrong
-		case ctx.Err() != nil:
-			return nil
 		}
-		delay := r.after(e, m.cfg.HandOver)
-		m.log.Log(ctx, r.level(time.Now()), "lost the connection to the node agent",
-			"path", m.cfg.Path, "error", e.err.Error(), "snapshot", e.snapshot, "in_a_row", r.losses, "retry_in", delay.String())
-		if r.hint(time.Now()) {
-			m.log.WarnContext(ctx, "the node agent keeps closing the connection before its snapshot is complete, so that no new pod can be served; "+
-				`its own log says why: look for "failed to open netns file" or "failed to handle connection" (Cilium), or "ztunnel" (Istio CNI)`,
-				"path", m.cfg.Path, "connections", r.empty)
-		}
-		if !backoff.Sleep(ctx, delay) {
-			return nil
+		if ctx.Err() == nil {
+			m.pause(ctx, r, e)
 		}
 	}
+	return nil
 }
 
-// connect tries until it has a connection or ctx ends.
-func (m *Manager) connect(ctx context.Context) (agentConn, error) {
+// pause waits before the connection that follows one which ended in e.
+func (m *Manager) pause(ctx context.Context, r *retries, e end) {
+	delay := r.after(e, m.cfg.HandOver)
+	m.log.Log(ctx, r.level(time.Now()), "lost the connection to the node agent",
+		"path", m.cfg.Path, "error", e.err.Error(), "snapshot", e.snapshot, "in_a_row", r.losses, "retry_in", delay.String())
+	if r.hint(time.Now()) {
+		m.log.WarnContext(ctx, "the node agent keeps closing the connection before its snapshot is complete, so that no new pod can be served; "+
+			`its own log says why: look for "failed to open netns file" or "failed to handle connection" (Cilium), or "ztunnel" (Istio CNI)`,
+			"path", m.cfg.Path, "connections", r.empty)
+	}
+	backoff.Sleep(ctx, delay)
+}
+
+// connect tries until it has a connection, nil when ctx has ended.
+func (m *Manager) connect(ctx context.Context) agentConn {
 	retry := backoff.Policy{First: connectFirst, Max: retryMax, Jitter: -1, Budget: -1}.New()
 	for {
 		c, err := m.dial(ctx)
-		if err == nil {
-			if ctx.Err() == nil {
-				return c, nil
-			}
+		switch {
+		case err == nil && ctx.Err() == nil:
+			return c
+		case err == nil:
 			_ = c.Close()
-		}
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+			return nil
+		case ctx.Err() != nil:
+			return nil
 		}
 		m.disconnected(err)
 		delay := retry.Next(time.Now())
-		m.log.WarnContext(ctx, "failed to connect to the Istio CNI node agent, is the node agent healthy?", "path", m.cfg.Path, "details", err.Error(), "retry_in", delay.String())
+		m.log.WarnContext(ctx, "failed to connect to the Istio CNI node agent, is the node agent healthy?",
+			"path", m.cfg.Path, "details", err.Error(), "retry_in", delay.String())
 		if !backoff.Sleep(ctx, delay) {
-			return nil, context.Cause(ctx)
+			return nil
 		}
 	}
 }
