@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -39,16 +40,47 @@ func (h *Host) Bind(ctx context.Context, addr netip.AddrPort) (netns.Bound, erro
 		done:  make(chan struct{}),
 		moved: make(chan struct{}),
 	}
-	h.listeners[addr] = l
+	g := h.listeners[addr]
+	if g == nil {
+		g = new(group)
+		h.listeners[addr] = g
+	}
+	g.members = append(g.members, l)
 	return &bound{l}, nil
+}
+
+// group is what shares an address. The mu of the Internet guards it.
+type group struct {
+	members []*listener // bound, or open
+	heir    *listener   // gets every connection as long as it is open; nil = they go by turns
+	turn    int
+}
+
+// next is the listener of the next connection, nil if nobody listens.
+func (g *group) next() *listener {
+	if g.heir != nil && g.heir.open {
+		return g.heir
+	}
+	open := g.open()
+	if len(open) == 0 {
+		return nil
+	}
+	g.turn++
+	return open[g.turn%len(open)]
+}
+
+func (g *group) open() []*listener {
+	return slices.DeleteFunc(slices.Clone(g.members), func(l *listener) bool { return !l.open })
 }
 
 // listening is the listener that a connection to via reaches, nil if it is
 // refused. The caller holds mu.
 func (h *Host) listening(via netip.AddrPort) *listener {
 	for _, a := range []netip.AddrPort{via, wildcard6(via.Port()), wildcard4(via.Port())} {
-		if l := h.listeners[a]; l != nil && l.open {
-			return l
+		if g := h.listeners[a]; g != nil {
+			if l := g.next(); l != nil {
+				return l
+			}
 		}
 	}
 	return nil
@@ -88,7 +120,9 @@ type listener struct {
 	queue chan *conn
 	done  chan struct{} // closed with the listener
 
-	open, closed bool // guarded by the mu of the Internet
+	// Guarded by the mu of the Internet.
+	open, closed bool // neither = bound
+	yields       int
 
 	mu       sync.Mutex // guards the fields below
 	deadline time.Time
@@ -98,6 +132,7 @@ type listener struct {
 var (
 	_ netns.Listener       = (*listener)(nil)
 	_ netns.Checker        = (*listener)(nil)
+	_ netns.Yielder        = (*listener)(nil)
 	_ netns.DeadlineSetter = (*listener)(nil)
 )
 
@@ -165,7 +200,7 @@ func (l *listener) SetDeadline(t time.Time) error {
 func (l *listener) Listening() bool {
 	l.host.net.mu.Lock()
 	defer l.host.net.mu.Unlock()
-	return l.open && !l.closed
+	return l.open
 }
 
 // Close resets the connections that were not accepted, as the kernel does.
@@ -186,9 +221,47 @@ func (l *listener) retire() bool {
 	if l.closed {
 		return false
 	}
-	l.closed = true
-	delete(l.host.listeners, l.addr)
+	l.closed, l.open = true, false
+	g := l.host.listeners[l.addr]
+	g.members = slices.DeleteFunc(g.members, func(m *listener) bool { return m == l })
+	if len(g.members) == 0 {
+		delete(l.host.listeners, l.addr)
+	}
 	return true
+}
+
+// Yield implements netns.Yielder. The newest of the others gets the connections,
+// another one at the next call.
+func (l *listener) Yield() (bool, error) {
+	l.host.net.mu.Lock()
+	defer l.host.net.mu.Unlock()
+	if !l.open {
+		return false, l.fail(net.ErrClosed)
+	}
+	g := l.host.listeners[l.addr]
+	others := slices.DeleteFunc(g.open(), func(m *listener) bool { return m == l })
+	if len(others) == 0 {
+		return false, nil
+	}
+	g.heir = others[len(others)-1-l.yields%len(others)]
+	l.yields++
+	return true, nil
+}
+
+// Others implements netns.Yielder.
+func (l *listener) Others() (int, error) {
+	l.host.net.mu.Lock()
+	defer l.host.net.mu.Unlock()
+	if !l.open {
+		return 0, l.fail(net.ErrClosed)
+	}
+	n := -1
+	for addr, g := range l.host.listeners {
+		if addr.Port() == l.addr.Port() {
+			n += len(g.open())
+		}
+	}
+	return n, nil
 }
 
 func (l *listener) reset() {

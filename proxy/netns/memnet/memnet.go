@@ -33,6 +33,10 @@ type Config struct {
 	Buffer int
 	// Transparent is what Listener.Transparent says.
 	Transparent bool
+	// PortReuse lets several sockets of a host share a port, as SO_REUSEPORT does:
+	// connections go to those that listen on an address in turn, packets to the
+	// newest.
+	PortReuse bool
 	// ConnectTimeout bounds Dial, 0 = netns.DefaultConnectTimeout.
 	ConnectTimeout time.Duration
 }
@@ -77,8 +81,8 @@ func (n *Internet) Host(addrs ...netip.Addr) *Host {
 	if h == nil {
 		h = &Host{
 			net:       n,
-			listeners: make(map[netip.AddrPort]*listener),
-			packets:   make(map[netip.AddrPort]*packetConn),
+			listeners: make(map[netip.AddrPort]*group),
+			packets:   make(map[netip.AddrPort][]*packetConn),
 		}
 	}
 	for _, a := range addrs {
@@ -102,8 +106,8 @@ func (n *Internet) Blackhole(a netip.Addr, silent bool) {
 type Host struct {
 	net       *Internet
 	addrs     []netip.Addr
-	listeners map[netip.AddrPort]*listener
-	packets   map[netip.AddrPort]*packetConn
+	listeners map[netip.AddrPort]*group
+	packets   map[netip.AddrPort][]*packetConn
 }
 
 var _ netns.Network = (*Host)(nil)
@@ -139,7 +143,7 @@ func (h *Host) take(addr netip.AddrPort, taken func(netip.AddrPort) bool) (netip
 			addr = netip.AddrPortFrom(addr.Addr(), h.net.nextPort())
 		}
 	}
-	if inUse(addr) {
+	if inUse(addr) && !h.net.cfg.PortReuse {
 		return fail(os.NewSyscallError("bind", syscall.EADDRINUSE))
 	}
 	return addr, nil

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 )
@@ -41,7 +42,7 @@ func (h *Host) ListenPacket(ctx context.Context, addr netip.AddrPort) (net.Packe
 	}
 	p := &packetConn{host: h, addr: addr}
 	p.wake.L = &p.mu
-	h.packets[addr] = p
+	h.packets[addr] = append(h.packets[addr], p)
 	return p, nil
 }
 
@@ -102,11 +103,11 @@ func (h *Host) packetTo(dst, local netip.AddrPort) (to *packetConn, from netip.A
 		from = netip.AddrPortFrom(h.source(dst.Addr()), local.Port())
 	}
 	for _, a := range []netip.AddrPort{dst, wildcard6(dst.Port()), wildcard4(dst.Port())} {
-		if to = owner.packets[a]; to != nil {
-			break
+		if sharing := owner.packets[a]; len(sharing) > 0 {
+			return sharing[len(sharing)-1], from
 		}
 	}
-	return to, from
+	return nil, from
 }
 
 func (p *packetConn) deliver(m packet) {
@@ -132,7 +133,10 @@ func (p *packetConn) Close() error {
 	p.mu.Unlock()
 	p.host.net.mu.Lock()
 	defer p.host.net.mu.Unlock()
-	delete(p.host.packets, p.addr)
+	left := slices.DeleteFunc(p.host.packets[p.addr], func(o *packetConn) bool { return o == p })
+	if p.host.packets[p.addr] = left; len(left) == 0 {
+		delete(p.host.packets, p.addr)
+	}
 	return nil
 }
 
