@@ -14,17 +14,10 @@ import (
 
 // Addresses are those of the interfaces of the namespace, save the loopback
 // interface's. There may be none.
-func (p *Pod) Addresses() ([]netip.Addr, error) {
-	var addrs []netip.Addr
-	err := p.interfaces(func(ifi *net.Interface) error {
-		of, err := ifi.Addrs()
-		for _, a := range of {
-			if n, ok := a.(*net.IPNet); ok {
-				if ip, ok := netip.AddrFromSlice(n.IP); ok {
-					addrs = append(addrs, ip.Unmap())
-				}
-			}
-		}
+func (p *Pod) Addresses() (addrs []netip.Addr, err error) {
+	err = p.Do(func() error {
+		var err error
+		addrs, err = interfaceAddresses()
 		return err
 	})
 	if err != nil {
@@ -37,9 +30,11 @@ func (p *Pod) Addresses() ([]netip.Addr, error) {
 // one its pod has ended, and only open descriptors keep it.
 func (p *Pod) Alive() (bool, error) {
 	alive := false
-	err := p.interfaces(func(ifi *net.Interface) error {
-		alive = alive || ifi.Flags&net.FlagUp != 0 || !slices.Contains(fallbackInterfaces, ifi.Name)
-		return nil
+	err := p.Do(func() error {
+		return eachInterface(func(ifi *net.Interface) error {
+			alive = alive || ifi.Flags&net.FlagUp != 0 || !slices.Contains(fallbackInterfaces, ifi.Name)
+			return nil
+		})
 	})
 	if err != nil {
 		return false, fmt.Errorf("list interfaces of pod: %w", err)
@@ -51,19 +46,6 @@ func (p *Pod) Alive() (bool, error) {
 // every namespace has them, down (net.core.fb_tunnels_only_for_init_net).
 var fallbackInterfaces = []string{
 	"tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0", "ip6gre0",
-}
-
-// interfaces calls f for all interfaces but the loopback one.
-func (p *Pod) interfaces(f func(*net.Interface) error) error {
-	return p.Do(func() error {
-		all, err := net.Interfaces()
-		for i := range all {
-			if all[i].Flags&net.FlagLoopback == 0 {
-				err = errors.Join(err, f(&all[i]))
-			}
-		}
-		return err
-	})
 }
 
 // LoopbackIPv6 tells whether [::1] can be bound: a pod may have IPv6 off
