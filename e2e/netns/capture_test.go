@@ -14,10 +14,10 @@ import (
 
 const greeting = "hello world"
 
-// N-01 to N-07: every way of capturing, on one node and on two; what both ends
-// of the connection count and log. In dedicated mode each captured pod has its
-// own proxy, so N-01 and N-04 differ in the nodes only, N-05 and N-06 are N-02
-// and N-03, and N-07 is N-04.
+// N-01 to N-04 in shared mode, N-05 to N-07 in dedicated mode, and what each table
+// leaves out of the other: every way of capturing, on one node and on two; what
+// both ends of the connection count and log. In dedicated mode each captured pod
+// has its own proxy, in shared mode two pods of one node have the same.
 func TestDP_N01_N07_Capture(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -29,7 +29,9 @@ func TestDP_N01_N07_Capture(t *testing.T) {
 		{"N-04 N-07 both, across nodes", world.BothCaptured},
 		{"none", world.PairOptions{}},
 	} {
-		t.Run(tc.name, func(t *testing.T) { newPair(t, tc.o).checkExchange() })
+		t.Run(tc.name, func(t *testing.T) {
+			in(t, allModes, func(t *testing.T, m mode) { newPair(t, m.pair(tc.o)).checkExchange() })
+		})
 	}
 }
 
@@ -83,8 +85,15 @@ func (p *pair) checkExchange() {
 // the client's and the proxy's. If the proxy's took the client's port, the
 // kernel would take its packets for the client's.
 func TestOriginalSourceAvoidsClientPorts(t *testing.T) {
-	p := newPair(t, world.PairOptions{CaptureServ: true})
-	p.Sysctl(p.Server.NS, map[string]string{"net/ipv4/ip_local_port_range": "40000 40003"})
+	in(t, allModes, func(t *testing.T, m mode) {
+		newPair(t, m.pair(world.PairOptions{CaptureServ: true})).checkClientPorts()
+	})
+}
+
+func (p *pair) checkClientPorts() {
+	t := p.T
+	t.Helper()
+	p.Server.Sysctl(map[string]string{"net/ipv4/ip_local_port_range": "40000 40003"})
 	// What connect chooses first, here as at the client, is the even ones.
 	for _, port := range []string{"40000", "40002"} {
 		out, err := world.Command(p.Ctx, greeting, p.Client.In("nc", "-N", "-w", "5", "-p", port, p.Server.Addr.String(), fmt.Sprint(world.LatePort))...)
@@ -96,23 +105,27 @@ func TestOriginalSourceAvoidsClientPorts(t *testing.T) {
 
 // faults row 89: a captured application reaches itself through its service, and
 // does not loop.
-func TestFault89_Hairpin(t *testing.T) {
+func TestFault89_Hairpin(t *testing.T) { in(t, allModes, checkHairpin) }
+
+func checkHairpin(t *testing.T, m mode) {
 	w := world.New(t)
 	p := w.AddPod("self", 1)
 	p.Services = `"default/self.default.svc.cluster.local": {80: 8080}`
 	w.Services = `{name: self, namespace: default, hostname: self.default.svc.cluster.local, vips: ["/10.96.0.1"], ports: {80: 8080}}`
 	p.StartApp()
-	p.Redirect()
+	p.RedirectBy(m.rules)
 	w.WriteConfig()
-	s := p.StartProxy(world.ProxyOptions{})
+	s := p.StartProxy(m.proxy)
 	p.ExpectHello(p.Addr, netip.MustParseAddrPort("10.96.0.1:80"))
 	s.Expect(w.Ctx, world.Fields{"message": "connection complete", "direction": "outbound", "dst.service": "self.default.svc.cluster.local", "error": ""})
 }
 
 // faults row 90: rules that capture the proxy's own packets, because they
 // carry no mark, must not make it dial itself for ever.
-func TestFault90_MarkLost(t *testing.T) {
-	o := world.PairOptions{CaptureClient: true}
+func TestFault90_MarkLost(t *testing.T) { in(t, allModes, checkMarkLost) }
+
+func checkMarkLost(t *testing.T, m mode) {
+	o := m.pair(world.PairOptions{CaptureClient: true})
 	o.Source.Env = []string{"PACKET_MARK=0"}
 	p := newPair(t, o)
 	c := p.Dial(world.ChatPort)
@@ -130,6 +143,7 @@ func TestFault90_MarkLost(t *testing.T) {
 // faults row 95: a port of the proxy that the pod itself has taken is a clear
 // failure, not a silent share.
 func TestFault95_PortTaken(t *testing.T) {
+	t.Parallel()
 	w := world.New(t)
 	p := w.AddPod("server", 1)
 	ln, err := p.Net.Listen(w.Ctx, netip.MustParseAddrPort("[::]:15008"))

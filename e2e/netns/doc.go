@@ -1,6 +1,7 @@
 // Package netns holds the end-to-end tests that need root and no cluster: how
 // package world's nodes, pods and redirection rules behave with the proxy in
-// them.
+// them. Most rows run in three modes: a proxy in each pod (dedicated), one for a
+// node beside Istio's agent, one beside Cilium's (shared).
 //
 //	make e2e                                  # our binary on both sides
 //	make e2e-interop ZTUNNEL_PEER_BIN=/path   # another ztunnel on one side, in both roles

@@ -26,11 +26,18 @@ var captureMatrix = []struct {
 	{"server only", world.PairOptions{CaptureServ: true}},
 }
 
+// inMatrix runs a check in every mode for each of them.
+func inMatrix(t *testing.T, check func(*pair)) {
+	for _, tc := range captureMatrix {
+		t.Run(tc.name, func(t *testing.T) {
+			in(t, allModes, func(t *testing.T, m mode) { check(newPair(t, m.pair(tc.o))) })
+		})
+	}
+}
+
 // Each direction of a connection ends on its own, with the real nc as client.
 func TestHalfClose(t *testing.T) {
-	for _, tc := range captureMatrix {
-		t.Run(tc.name, func(t *testing.T) { newPair(t, tc.o).checkHalfClose() })
-	}
+	inMatrix(t, (*pair).checkHalfClose)
 }
 
 func (p *pair) checkHalfClose() {
@@ -62,9 +69,7 @@ wait $!`
 
 // A reset travels in both directions, and is not a clean end (design D6).
 func TestReset(t *testing.T) {
-	for _, tc := range captureMatrix {
-		t.Run(tc.name, func(t *testing.T) { newPair(t, tc.o).checkReset() })
-	}
+	inMatrix(t, (*pair).checkReset)
 }
 
 func (p *pair) checkReset() {
@@ -107,9 +112,7 @@ func (p *pair) checkReset() {
 
 // Bulk in both directions, with the real iperf3.
 func TestBulk(t *testing.T) {
-	for _, tc := range captureMatrix {
-		t.Run(tc.name, func(t *testing.T) { newPair(t, tc.o).checkBulk() })
-	}
+	inMatrix(t, (*pair).checkBulk)
 }
 
 func (p *pair) checkBulk() {
@@ -150,8 +153,16 @@ func (p *pair) checkBulk() {
 // N-17: an established connection survives the shutdown of either proxy, new
 // ones fail, and the proxy ends when the connection does.
 func TestDP_N17_Shutdown(t *testing.T) {
-	t.Run("source", func(t *testing.T) { p := newPair(t, world.BothCaptured); p.checkShutdown(p.Source, shutdownLimit) })
-	t.Run("destination", func(t *testing.T) { p := newPair(t, world.BothCaptured); p.checkShutdown(p.Dest, shutdownLimit) })
+	in(t, allModes, func(t *testing.T, m mode) {
+		t.Run("source", func(t *testing.T) {
+			p := newPair(t, m.pair(world.BothCaptured))
+			p.checkShutdown(p.Source, shutdownLimit)
+		})
+		t.Run("destination", func(t *testing.T) {
+			p := newPair(t, m.pair(world.BothCaptured))
+			p.checkShutdown(p.Dest, shutdownLimit)
+		})
+	})
 }
 
 // shutdownLimit is how soon our proxy ends after its last connection.
@@ -167,7 +178,7 @@ func (p *pair) checkShutdown(s *world.Proxy, limit time.Duration) {
 		t.Fatal(err)
 	}
 	s.Terminate()
-	world.Eventually(t, p.Ctx, 4*time.Second, func() error {
+	world.Eventually(t, p.Ctx, 4*time.Second+p.handOver, func() error {
 		fresh, err := p.Client.Net.Dial(p.Ctx, netip.Addr{}, p.Server.At(world.ChatPort))
 		if err != nil {
 			return nil
@@ -191,8 +202,10 @@ func (p *pair) checkShutdown(s *world.Proxy, limit time.Duration) {
 }
 
 // What still runs at the deadline is cut, and the proxy ends all the same.
-func TestDrainDeadline(t *testing.T) {
-	o := world.BothCaptured
+func TestDrainDeadline(t *testing.T) { in(t, allModes, checkDrainDeadline) }
+
+func checkDrainDeadline(t *testing.T, m mode) {
+	o := m.pair(world.BothCaptured)
 	o.Dest.Env = []string{"CONNECTION_TERMINATION_DEADLINE=2s"}
 	p := newPair(t, o)
 	c := p.Dial(world.ChatPort)

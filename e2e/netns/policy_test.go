@@ -28,8 +28,10 @@ const denyChat = `- name: deny-chat
 
 // A policy that comes while a connection is open ends it with a reset; new ones
 // get 401 until the policy is gone.
-func TestPolicyChange(t *testing.T) {
-	p := newPair(t, world.BothCaptured)
+func TestPolicyChange(t *testing.T) { in(t, []mode{dedicated, shared}, checkPolicyChange) }
+
+func checkPolicyChange(t *testing.T, m mode) {
+	p := newPair(t, m.pair(world.BothCaptured))
 	c := p.Dial(world.ChatPort)
 	if err := world.Exchange(c, "before", "before"); err != nil {
 		t.Fatal(err)
@@ -61,8 +63,10 @@ func TestPolicyChange(t *testing.T) {
 }
 
 // Policies hold for plaintext too, where the source has no identity.
-func TestPolicyPlaintext(t *testing.T) {
-	p := newPair(t, world.PairOptions{CaptureServ: true, Policies: denyChat})
+func TestPolicyPlaintext(t *testing.T) { in(t, allModes, checkPolicyPlaintext) }
+
+func checkPolicyPlaintext(t *testing.T, m mode) {
+	p := newPair(t, m.pair(world.PairOptions{CaptureServ: true, Policies: denyChat}))
 	if err := world.Exchange(p.Dial(world.ChatPort), "denied", "denied"); err == nil {
 		t.Error("a denied connection works")
 	}
@@ -88,7 +92,7 @@ const strangerID = "spiffe://cluster.local/ns/istio-system/sa/ztunnel"
 
 // N-19: a client made by hand meets an ALLOW policy that is not for it.
 // Principals are written without a scheme: one that has it matches nobody.
-func TestDP_N19_Policy(t *testing.T) { checkPrincipals(t, world.ProxyOptions{}) }
+func TestDP_N19_Policy(t *testing.T) { inBoth(t, checkPrincipals) }
 
 func checkPrincipals(t *testing.T, dest world.ProxyOptions) {
 	const allowed = "cluster.local/ns/default/sa/other"
@@ -116,6 +120,7 @@ func checkPrincipals(t *testing.T, dest world.ProxyOptions) {
 // D11: ten thousand denied connections over one tunnel are no flood; a stream
 // beside them is not harmed.
 func TestD11_ManyDenied(t *testing.T) {
+	t.Parallel()
 	o := world.BothCaptured
 	o.Policies = denyChat
 	newPair(t, o).checkManyDenied()
@@ -157,7 +162,7 @@ func (p *pair) checkManyDenied() {
 
 // N-20: the authority names another pod.
 func TestDP_N20_IPMismatch(t *testing.T) {
-	newPair(t, world.PairOptions{CaptureServ: true}).checkIPMismatch()
+	in(t, allModes, func(t *testing.T, m mode) { newPair(t, m.pair(world.PairOptions{CaptureServ: true})).checkIPMismatch() })
 }
 
 func (p *pair) checkIPMismatch() {
@@ -167,9 +172,11 @@ func (p *pair) checkIPMismatch() {
 	expectStatus(p.T, p.Client, p.Server, strangerID, p.Server.At(world.ChatPort).String(), 200)
 }
 
-// N-24: a certificate of another trust domain, though of the same root.
+// N-24, E2-02: a certificate of another trust domain, though of the same root.
 func TestDP_N24_TrustDomain(t *testing.T) {
-	newPair(t, world.PairOptions{CaptureServ: true}).checkTrustDomain()
+	in(t, []mode{dedicated, shared}, func(t *testing.T, m mode) {
+		newPair(t, m.pair(world.PairOptions{CaptureServ: true})).checkTrustDomain()
+	})
 }
 
 func (p *pair) checkTrustDomain() {
@@ -189,8 +196,10 @@ func (p *pair) checkTrustDomain() {
 }
 
 // faults rows 84 to 87: what a peer with a valid certificate may not reach.
-func TestFault84_87_ForbiddenAuthorities(t *testing.T) {
-	p := newPair(t, world.PairOptions{CaptureServ: true})
+func TestFault84_87_ForbiddenAuthorities(t *testing.T) { in(t, allModes, checkForbidden) }
+
+func checkForbidden(t *testing.T, m mode) {
+	p := newPair(t, m.pair(world.PairOptions{CaptureServ: true}))
 	for _, host := range []string{
 		"127.0.0.1", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", "127.0.0.53",
 		"169.254.169.254", "[fe80::1]", "[fd00:ec2::254]", "172.172.0.2", "10.0.2.1", "10.96.0.1",
@@ -208,9 +217,8 @@ func TestFault84_87_ForbiddenAuthorities(t *testing.T) {
 }
 
 // N-23 in dedicated mode, where a proxy and its ports are in the pod itself.
-// C = connecting fails, R = connects but nothing comes back, H = an HTTP server
-// answers 400 to nonsense.
 func TestDP_N23_MaliciousCalls(t *testing.T) {
+	t.Parallel()
 	w := world.New(t)
 	captured, other, plain := w.AddPod("captured", 1), w.AddPod("other", 2), w.AddPod("plain", 1)
 	for _, p := range []*world.Pod{captured, other} {
@@ -220,33 +228,13 @@ func TestDP_N23_MaliciousCalls(t *testing.T) {
 	for _, p := range []*world.Pod{captured, other} {
 		p.StartProxy(world.ProxyOptions{})
 	}
-	ports := []uint16{15001, 15006, 15008, 15080, 15000, 15020, 15021}
-	for _, row := range []struct {
-		name string
-		from *world.Pod
-		to   netip.Addr
-		want string // one letter per port
-	}{
+	checkPorts(t, []portRow{
 		{"captured pod to itself", captured, captured.Addr, "RRRCCHH"},
 		{"captured pod to 127.0.0.1", captured, netip.MustParseAddr("127.0.0.1"), "RRRCHHH"},
 		{"captured pod to another captured pod", captured, other.Addr, "RRRRRHH"},
 		{"uncaptured pod to captured pod", plain, captured.Addr, "RRRRRHH"},
 		{"captured pod to uncaptured pod", captured, plain.Addr, "RRRRRRR"},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			got := make([]byte, len(ports))
-			var wg sync.WaitGroup
-			for i, port := range ports {
-				wg.Go(func() { got[i] = probe(row.from, netip.AddrPortFrom(row.to, port)) })
-			}
-			wg.Wait()
-			for i, port := range ports {
-				if got[i] != row.want[i] {
-					t.Errorf("port %d: got %c, want %c", port, got[i], row.want[i])
-				}
-			}
-		})
-	}
+	})
 }
 
 func probe(p *world.Pod, dst netip.AddrPort) byte {

@@ -23,21 +23,25 @@ import (
 // E2-06 and E2-07, N-29 and N-30, and after them E2-04 and E2-05: the file of
 // revocation lists comes while a connection is up. Metric and teardown take at
 // most 10 s, and the next handshake is refused.
-func TestID_E206_InboundRevocation(t *testing.T)  { checkRevocation(t, "destination") }
-func TestID_E207_OutboundRevocation(t *testing.T) { checkRevocation(t, "source") }
+func TestID_E206_InboundRevocation(t *testing.T) {
+	in(t, []mode{dedicated, shared}, func(t *testing.T, m mode) { checkRevocation(t, m, "destination") })
+}
+func TestID_E207_OutboundRevocation(t *testing.T) {
+	in(t, []mode{dedicated, shared}, func(t *testing.T, m mode) { checkRevocation(t, m, "source") })
+}
 
-func checkRevocation(t *testing.T, reporter string) {
+func checkRevocation(t *testing.T, m mode, reporter string) {
 	lists := filepath.Join(t.TempDir(), "crl.pem")
-	o := world.BothCaptured
+	o := m.pair(world.BothCaptured)
 	if reporter == "destination" {
 		o.Dest.Env = []string{"CRL_PATH=" + lists}
 	} else {
 		o.Source.Env = []string{"CRL_PATH=" + lists}
 	}
 	p := newPair(t, o)
-	judge, judged := p.Dest, p.Source
+	judge, judged, identity := p.Dest, p.Source, p.Client.Identity()
 	if reporter == "source" {
-		judge, judged = p.Source, p.Dest
+		judge, judged, identity = p.Source, p.Dest, p.Server.Identity()
 	}
 	c := p.Dial(world.ChatPort)
 	if err := world.Exchange(c, "before", "before"); err != nil {
@@ -50,7 +54,7 @@ func checkRevocation(t *testing.T, reporter string) {
 		t.Fatalf("with another certificate on the list: %v", err)
 	}
 
-	writeCRL(t, p.CADir(), lists, 2, serialOf(t, judged))
+	writeCRL(t, p.CADir(), lists, 2, serialOf(t, judged, identity))
 	start := time.Now()
 	_, err := c.Read(make([]byte, 1))
 	if took := time.Since(start); took > 10*time.Second || !errors.Is(err, syscall.ECONNRESET) {
@@ -70,8 +74,9 @@ func checkRevocation(t *testing.T, reporter string) {
 	judge.ExpectMetric(p.Ctx, "istio_crl_policy_rejections_total", labels, 2)
 }
 
-// serialOf is the serial number of the certificate that a proxy acts with.
-func serialOf(t *testing.T, s *world.Proxy) *big.Int {
+// serialOf is the serial number of the certificate that a proxy has for an
+// identity.
+func serialOf(t *testing.T, s *world.Proxy, identity string) *big.Int {
 	t.Helper()
 	body, err := s.Pod.Get("http://127.0.0.1:15000/config_dump")
 	if err != nil {
@@ -79,6 +84,7 @@ func serialOf(t *testing.T, s *world.Proxy) *big.Int {
 	}
 	var dump struct {
 		Certificates []struct {
+			Identity  string `json:"identity"`
 			CertChain []struct {
 				SerialNumber string `json:"serialNumber"`
 			} `json:"certChain"`
@@ -88,14 +94,14 @@ func serialOf(t *testing.T, s *world.Proxy) *big.Int {
 		t.Fatal(err)
 	}
 	for _, c := range dump.Certificates {
-		if len(c.CertChain) == 0 {
+		if len(c.CertChain) == 0 || c.Identity != identity {
 			continue
 		}
 		if n, ok := new(big.Int).SetString(c.CertChain[0].SerialNumber, 10); ok {
 			return n
 		}
 	}
-	t.Fatalf("no serial number in %s", body)
+	t.Fatalf("no serial number of %s in %s", identity, body)
 	return nil
 }
 

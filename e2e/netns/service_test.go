@@ -13,7 +13,7 @@ import (
 )
 
 // N-09: the only endpoint is in another network, and its gateway has an address.
-func TestDP_N09_DoubleHBONE(t *testing.T) { checkDoubleHBONE(t, world.ProxyOptions{}) }
+func TestDP_N09_DoubleHBONE(t *testing.T) { inBoth(t, checkDoubleHBONE) }
 
 func checkDoubleHBONE(t *testing.T, source world.ProxyOptions) {
 	checkGateway(t, source, func(gateway *world.Pod) *workloadpb.GatewayAddress {
@@ -22,9 +22,7 @@ func checkDoubleHBONE(t *testing.T, source world.ProxyOptions) {
 }
 
 // N-10: the gateway is a service, which maps the port.
-func TestDP_N10_DoubleHBONEByHostname(t *testing.T) {
-	checkDoubleHBONEByHostname(t, world.ProxyOptions{})
-}
+func TestDP_N10_DoubleHBONEByHostname(t *testing.T) { inBoth(t, checkDoubleHBONEByHostname) }
 
 func checkDoubleHBONEByHostname(t *testing.T, source world.ProxyOptions) {
 	checkGateway(t, source, func(*world.Pod) *workloadpb.GatewayAddress {
@@ -73,7 +71,7 @@ func checkGateway(t *testing.T, source world.ProxyOptions, reference func(gatewa
 
 // N-16: a service with an endpoint on this node and one on another.
 func TestDP_N16_ServiceLoadBalancing(t *testing.T) {
-	checkLoadBalancing(t, world.ProxyOptions{}, world.ProxyOptions{})
+	inBoth(t, func(t *testing.T, o world.ProxyOptions) { checkLoadBalancing(t, o, o) })
 }
 
 func checkLoadBalancing(t *testing.T, source, dest world.ProxyOptions) {
@@ -124,12 +122,12 @@ func checkLoadBalancing(t *testing.T, source, dest world.ProxyOptions) {
 
 // N-21: a gateway asks for a service by name; the pod knows its port.
 func TestDP_N21_ServiceHostnamePort(t *testing.T) {
-	checkServiceHostname(t, world.ProxyOptions{}, 8080)
+	inBoth(t, func(t *testing.T, o world.ProxyOptions) { checkServiceHostname(t, o, 8080) })
 }
 
 // N-22: the service names the port, and only the endpoint knows its number.
 func TestDP_N22_ServiceHostnameNamedPort(t *testing.T) {
-	checkServiceHostname(t, world.ProxyOptions{}, 0)
+	inBoth(t, func(t *testing.T, o world.ProxyOptions) { checkServiceHostname(t, o, 0) })
 }
 
 func checkServiceHostname(t *testing.T, dest world.ProxyOptions, target uint32) {

@@ -57,7 +57,7 @@ func (m *waypointWorld) checkWaypoint(source world.ProxyOptions, dst netip.AddrP
 }
 
 // N-08: what goes straight to a pod goes to the waypoint of that pod.
-func TestDP_N08_WorkloadWaypoint(t *testing.T) { checkWorkloadWaypoint(t, world.ProxyOptions{}) }
+func TestDP_N08_WorkloadWaypoint(t *testing.T) { inBoth(t, checkWorkloadWaypoint) }
 
 func checkWorkloadWaypoint(t *testing.T, source world.ProxyOptions) {
 	m := newWaypointWorld(t)
@@ -68,7 +68,7 @@ func checkWorkloadWaypoint(t *testing.T, source world.ProxyOptions) {
 }
 
 // N-11: the waypoint of a service, by its address.
-func TestDP_N11_ServiceWaypoint(t *testing.T) { checkServiceWaypoint(t, world.ProxyOptions{}) }
+func TestDP_N11_ServiceWaypoint(t *testing.T) { inBoth(t, checkServiceWaypoint) }
 
 func checkServiceWaypoint(t *testing.T, source world.ProxyOptions) {
 	m := newWaypointWorld(t)
@@ -81,9 +81,7 @@ func checkServiceWaypoint(t *testing.T, source world.ProxyOptions) {
 }
 
 // N-12: a workload's waypoint by the name of a service.
-func TestDP_N12_WaypointByServiceHostname(t *testing.T) {
-	checkWaypointByService(t, world.ProxyOptions{})
-}
+func TestDP_N12_WaypointByServiceHostname(t *testing.T) { inBoth(t, checkWaypointByService) }
 
 func checkWaypointByService(t *testing.T, source world.ProxyOptions) {
 	m := newWaypointWorld(t)
@@ -96,9 +94,7 @@ func checkWaypointByService(t *testing.T, source world.ProxyOptions) {
 }
 
 // N-13: the name is that of a workload, and no service has it.
-func TestDP_N13_WaypointByWorkloadHostname(t *testing.T) {
-	checkWaypointByWorkload(t, world.ProxyOptions{})
-}
+func TestDP_N13_WaypointByWorkloadHostname(t *testing.T) { inBoth(t, checkWaypointByWorkload) }
 
 func checkWaypointByWorkload(t *testing.T, source world.ProxyOptions) {
 	m := newWaypointWorld(t)
@@ -121,7 +117,7 @@ func (m *waypointWorld) checkSandwich(o world.ProxyOptions) {
 	var proxies []*world.Proxy
 	o.XDS = true
 	for _, p := range []*world.Pod{m.server, m.waypoint, m.client} {
-		options := world.ProxyOptions{XDS: true}
+		options := world.ProxyOptions{XDS: true, Shared: o.Shared}
 		if p == m.waypoint {
 			options = o
 		}
@@ -144,7 +140,7 @@ func (m *waypointWorld) checkSandwich(o world.ProxyOptions) {
 
 // N-14: a waypoint behind its own proxy that gets what it is asked for as plain
 // TCP.
-func TestDP_N14_SandwichPlain(t *testing.T) { checkSandwichPlain(t, world.ProxyOptions{}) }
+func TestDP_N14_SandwichPlain(t *testing.T) { inBoth(t, checkSandwichPlain) }
 
 func checkSandwichPlain(t *testing.T, waypointProxy world.ProxyOptions) {
 	m := newWaypointWorld(t)
@@ -161,7 +157,7 @@ const tlvAuthority = 0xD0
 
 // N-15: a waypoint behind its own proxy that learns from a PROXY header who asks
 // for what. Its service has an address and no ports.
-func TestDP_N15_SandwichProxyProtocol(t *testing.T) { checkSandwichProxy(t, world.ProxyOptions{}) }
+func TestDP_N15_SandwichProxyProtocol(t *testing.T) { inBoth(t, checkSandwichProxy) }
 
 func checkSandwichProxy(t *testing.T, waypointProxy world.ProxyOptions) {
 	m := newWaypointWorld(t)

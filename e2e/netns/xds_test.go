@@ -195,7 +195,7 @@ func TestXDS_BadResource(t *testing.T) {
 		resources = append(resources, wl)
 	}
 	w.Publish(resources...)
-	p := &pair{w}
+	p := &pair{Pair: w}
 	p.Dest, p.Source = p.Server.StartProxy(o.Dest), p.Client.StartProxy(o.Source)
 	p.checkExchange()
 	for _, s := range []*world.Proxy{p.Source, p.Dest} {

@@ -4,54 +4,76 @@ package world
 
 import (
 	"net/netip"
-	"os"
-	"path/filepath"
+	"strings"
+	"sync"
 
 	"github.com/miekg/dns"
 )
-
-// etcDir holds, by namespace, what "ip netns exec" mounts over /etc.
-const etcDir = "/etc/netns"
 
 // ServeDNS gives the pod a nameserver on its loopback, and a resolv.conf that
 // names it to the programs that start from then on. It knows the addresses of
 // these names, in lower case, and denies that there are others.
 func (p *Pod) ServeDNS(names map[string]netip.Addr) {
+	p.W.T.Helper()
+	loopback := netip.MustParseAddr("127.0.0.1")
+	p.Nameserver(loopback, names)
+	p.ResolvConf("nameserver " + loopback.String() + "\n")
+}
+
+// ResolvConf is what programs that start in the pod from then on find in
+// /etc/resolv.conf.
+func (p *Pod) ResolvConf(content string) {
+	p.W.T.Helper()
+	if err := p.lab.WriteEtc("resolv.conf", content); err != nil {
+		p.W.T.Fatal(err)
+	}
+}
+
+// Nameserver serves these names, in lower case and without a dot at the end, on
+// an address of the pod, by UDP and TCP, until the test ends. It denies that there
+// are others.
+func (p *Pod) Nameserver(addr netip.Addr, names map[string]netip.Addr) {
 	t := p.W.T
 	t.Helper()
-	pc, err := p.Net.ListenPacket(p.W.Ctx, netip.MustParseAddrPort("127.0.0.1:53"))
+	pc, err := p.Net.ListenPacket(p.W.Ctx, netip.AddrPortFrom(addr, 53))
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &dns.Server{PacketConn: pc, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
-		m := new(dns.Msg).SetReply(q)
-		m.Authoritative = true
-		for _, question := range q.Question {
-			name := question.Name[:len(question.Name)-1]
-			addr, ok := names[name]
-			if !ok {
-				m.Rcode = dns.RcodeNameError
-				continue
-			}
-			head := dns.RR_Header{Name: question.Name, Class: dns.ClassINET, Ttl: 30}
-			if question.Qtype == dns.TypeA && addr.Is4() {
-				head.Rrtype = dns.TypeA
-				m.Answer = append(m.Answer, &dns.A{Hdr: head, A: addr.AsSlice()})
-			}
-		}
-		_ = w.WriteMsg(m)
-	})}
-	done := make(chan error, 1)
-	go func() { done <- srv.ActivateAndServe() }()
+	ln, err := p.Net.Listen(p.W.Ctx, netip.AddrPortFrom(addr, 53))
+	if err != nil {
+		t.Fatal(err)
+	}
+	handler := dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) { _ = w.WriteMsg(answer(names, q)) })
+	var servers sync.WaitGroup
+	for _, srv := range []*dns.Server{{PacketConn: pc, Handler: handler}, {Listener: NetListener(ln), Handler: handler}} {
+		servers.Go(func() { _ = srv.ActivateAndServe() })
+		t.Cleanup(func() { _ = srv.Shutdown() })
+	}
 	t.Cleanup(func() {
 		_ = pc.Close()
-		<-done
+		_ = ln.Close()
+		servers.Wait()
 	})
-	dir := filepath.Join(etcDir, p.NS) // goes with the namespace
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
+}
+
+func answer(names map[string]netip.Addr, q *dns.Msg) *dns.Msg {
+	m := new(dns.Msg).SetReply(q)
+	m.Authoritative = true
+	for _, question := range q.Question {
+		addr, ok := names[strings.ToLower(strings.TrimSuffix(question.Name, "."))]
+		if !ok {
+			m.Rcode = dns.RcodeNameError
+			continue
+		}
+		head := dns.RR_Header{Name: question.Name, Class: dns.ClassINET, Ttl: 30}
+		switch {
+		case question.Qtype == dns.TypeA && addr.Is4():
+			head.Rrtype = dns.TypeA
+			m.Answer = append(m.Answer, &dns.A{Hdr: head, A: addr.AsSlice()})
+		case question.Qtype == dns.TypeAAAA && addr.Is6():
+			head.Rrtype = dns.TypeAAAA
+			m.Answer = append(m.Answer, &dns.AAAA{Hdr: head, AAAA: addr.AsSlice()})
+		}
 	}
-	if err := os.WriteFile(filepath.Join(dir, "resolv.conf"), []byte("nameserver 127.0.0.1\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	return m
 }

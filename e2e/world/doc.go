@@ -1,7 +1,9 @@
 // Package world is what the privileged end-to-end suites stand on: two nodes on
 // one bridge whose pods are network namespaces, the redirection rules that a CNI
-// plugin would set, real applications, one ztunnel process in each captured pod
-// (PROXY_MODE=dedicated), and programs beside them with their output.
+// plugin would set, real applications, ztunnel processes, and programs beside them
+// with their output. A ztunnel process runs in each captured pod
+// (PROXY_MODE=dedicated), or one for a node, which that node's CNI agent tells of
+// the pods (PROXY_MODE=shared).
 //
 // It stands behind the build tag e2e, like the suites. Nothing of it reaches the
 // proxy's binary. Everything happens inside namespaces called zt-<pid>-…; what a

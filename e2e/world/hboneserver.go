@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/ztunnel-go/ztunnel/ca/local"
+	"github.com/ztunnel-go/ztunnel/e2e/netlab"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
 
@@ -182,15 +183,4 @@ func (w *World) issue(id spiffeid.ID) (*tls.Certificate, *x509.CertPool, error) 
 }
 
 // NetListener makes what package net and its users take of a pod's listener.
-func NetListener(ln netns.Listener) net.Listener { return netListener{ln} }
-
-type netListener struct{ ln netns.Listener }
-
-// Accept waits for a connection.
-func (l netListener) Accept() (net.Conn, error) { return l.ln.Accept() }
-
-// Close ends it.
-func (l netListener) Close() error { return l.ln.Close() }
-
-// Addr is where it listens.
-func (l netListener) Addr() net.Addr { return net.TCPAddrFromAddrPort(l.ln.Addr()) }
+func NetListener(ln netns.Listener) net.Listener { return netlab.NetListener(ln) }

@@ -3,21 +3,16 @@
 package world
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/ztunnel-go/ztunnel/e2e/netlab"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
 
@@ -28,15 +23,17 @@ func Main(m *testing.M) {
 		os.Exit(runApp(mode))
 	}
 	if os.Geteuid() == 0 {
-		removeLeftovers()
+		netlab.RemoveLeftovers(os.TempDir(), ciliumDir)
 	}
 	var err error
-	if runDir, err = os.MkdirTemp("", fmt.Sprintf("%s%d-run-", prefix, os.Getpid())); err != nil {
+	if runDir, err = os.MkdirTemp("", fmt.Sprintf("%s%d-run-", netlab.Prefix, os.Getpid())); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 	cleanup := func() {
-		removeNamespaces(os.Getpid())
+		if err := netlab.RemoveAll(os.Getpid()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
 		_ = os.RemoveAll(runDir)
 	}
 	interrupted := make(chan os.Signal, 1)
@@ -51,34 +48,6 @@ func Main(m *testing.M) {
 	os.Exit(code)
 }
 
-const prefix = "zt-"
-
-// removeLeftovers removes what runs that no longer live have left behind.
-func removeLeftovers() {
-	for _, name := range namespaces() {
-		if ownerGone(name) {
-			removeNamespace(name)
-		}
-	}
-	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*-run-*"))
-	for _, dir := range dirs {
-		if ownerGone(filepath.Base(dir)) {
-			_ = os.RemoveAll(dir)
-		}
-	}
-}
-
-// ownerGone tells whether the run that name is called after has ended. A
-// process that has ended and was not waited for has no executable either.
-func ownerGone(name string) bool {
-	pid, err := strconv.Atoi(strings.Split(strings.TrimPrefix(name, prefix), "-")[0])
-	if err != nil {
-		return false
-	}
-	_, err = os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
-	return errors.Is(err, fs.ErrNotExist)
-}
-
 // Dir is a new directory with a short path, which goes at the end of the run: a
 // unix socket in it has at most 107 bytes.
 func Dir() (string, error) { return os.MkdirTemp(runDir, "") }
@@ -87,56 +56,13 @@ func Dir() (string, error) { return os.MkdirTemp(runDir, "") }
 // until the end of the run, as do the programs in it. They are out of the way of
 // what listens on the machine, and those of a killed run are found by the next.
 func SharedNamespace(name string) (*netns.Pod, string, error) {
-	ns := fmt.Sprintf("%s%d-%s", prefix, os.Getpid(), name)
 	ctx, cancel := context.WithTimeout(context.Background(), testTime)
 	defer cancel()
-	for _, args := range [][]string{{"ip", "netns", "add", ns}, {"ip", "-n", ns, "link", "set", "lo", "up"}} {
-		if _, err := Command(ctx, "", args...); err != nil {
-			return nil, "", err
-		}
-	}
-	f, err := os.Open("/run/netns/" + ns)
+	n, err := netlab.New(ctx, name)
 	if err != nil {
 		return nil, "", err
 	}
-	p, err := netns.NewPod(f, netns.PodConfig{OriginalSource: netns.OriginalSourceOff})
-	return p, ns, err
-}
-
-func removeNamespaces(pid int) {
-	for _, name := range namespaces() {
-		if strings.HasPrefix(name, fmt.Sprintf("%s%d-", prefix, pid)) {
-			removeNamespace(name)
-		}
-	}
-}
-
-func namespaces() []string {
-	entries, err := os.ReadDir("/run/netns")
-	if err != nil {
-		return nil // no namespace was ever made here
-	}
-	var names []string
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), prefix) {
-			names = append(names, e.Name())
-		}
-	}
-	return names
-}
-
-// removeNamespace ends the processes in a namespace of ours, then the namespace.
-func removeNamespace(name string) {
-	out, _ := exec.Command("ip", "netns", "pids", name).Output()
-	for _, field := range strings.Fields(string(out)) {
-		if pid, err := strconv.Atoi(field); err == nil && pid != os.Getpid() {
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
-	if out, err := exec.Command("ip", "netns", "del", name).CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "remove namespace %s: %v: %s\n", name, err, out)
-	}
-	_ = os.RemoveAll(filepath.Join(etcDir, name))
+	return n.Net, n.Name, nil
 }
 
 // RequireRoot skips without root, except where a skip would hide that the
@@ -184,17 +110,7 @@ func Context(t *testing.T) context.Context {
 
 // Command runs a program to its end, with input, and returns its output.
 func Command(ctx context.Context, input string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.WaitDelay = time.Second
-	cmd.Stdin = strings.NewReader(input)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, stderr.String())
-	}
-	return stdout.String(), nil
+	return netlab.Command(ctx, input, args...)
 }
 
 // Eventually repeats check until it is satisfied; the time between two tries

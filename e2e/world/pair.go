@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ztunnel-go/ztunnel/e2e/cni/rules"
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/xds/xdstest"
 )
@@ -31,6 +32,7 @@ type PairOptions struct {
 	CaptureClient, CaptureServ bool
 	Source, Dest               ProxyOptions
 	Policies                   string
+	Rules                      rules.Config // of the captured ones
 
 	Personality xdstest.Personality // as World.Personality
 	XDSSocket   bool                // as World.XDSSocket
@@ -70,10 +72,10 @@ func NewPods(t *testing.T, o PairOptions) *Pair {
 	p.Server = p.AddPod("server", serverNode)
 	p.App = p.Server.StartApp()
 	if o.CaptureClient {
-		p.Client.Redirect()
+		p.Client.RedirectBy(o.Rules)
 	}
 	if o.CaptureServ {
-		p.Server.Redirect()
+		p.Server.RedirectBy(o.Rules)
 	}
 	return p
 }

@@ -3,12 +3,8 @@
 package world
 
 import (
-	"context"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,6 +16,11 @@ type ProxyOptions struct {
 	Bin  string // empty: ZTUNNEL_BIN
 	Peer bool   // another implementation: less can be asserted of it
 	XDS  bool   // the state comes from the world's control plane, not from the local file
+	// Shared makes Pod.StartProxy take the proxy of the node, which it starts if
+	// there is none.
+	Shared      bool
+	ResolvConf  string // of a shared proxy that has a pod of its own; empty: the machine's
+	HostNetwork bool   // a shared proxy on the node's own network, beside Cilium's agent
 	// Credentials is the environment that leads to the certificates of a pod; nil
 	// = the embedded CA, with the world's directory.
 	Credentials func(*Pod) []string
@@ -29,7 +30,7 @@ type ProxyOptions struct {
 // Proxy is a running ztunnel.
 type Proxy struct {
 	*Process
-	Pod  *Pod
+	Pod  *Pod // where it runs
 	Peer bool
 }
 
@@ -80,24 +81,36 @@ func (w *World) WriteConfig() {
 }
 
 // StartProxy starts a proxy in the pod, whose rules are set, and waits until it
-// is ready. The configuration must have been written.
+// is ready. The configuration must have been written. In shared mode it is that
+// of the node, which is told of the pod.
 func (p *Pod) StartProxy(o ProxyOptions) *Proxy {
 	p.W.T.Helper()
+	if o.Shared {
+		if len(p.Node.Proxies) == 0 {
+			p.Node.StartProxy(o)
+		}
+		p.tellProxy()
+		return p.Node.Proxy()
+	}
 	s := p.LaunchProxy(o)
-	s.AwaitReady(20 * time.Second)
+	s.AwaitReady(proxyTime)
 	return s
 }
 
-// LaunchProxy starts a proxy and does not wait for it.
+// LaunchProxy starts a proxy of the pod's own and does not wait for it.
 func (p *Pod) LaunchProxy(o ProxyOptions) *Proxy {
+	p.W.T.Helper()
+	return p.launch(o, []string{"PROXY_MODE=dedicated", "PROXY_WORKLOAD_INFO=" + p.Namespace + "/" + p.Name + "/" + p.SA})
+}
+
+// launch starts a proxy in the pod; mode is the environment of its mode.
+func (p *Pod) launch(o ProxyOptions, mode []string) *Proxy {
 	t := p.W.T
 	t.Helper()
 	if o.Bin == "" {
 		o.Bin = Binary(t, "ZTUNNEL_BIN")
 	}
 	env := []string{
-		"PROXY_MODE=dedicated",
-		"PROXY_WORKLOAD_INFO=" + p.Namespace + "/" + p.Name + "/" + p.SA,
 		"PACKET_MARK=1337",
 		"ENABLE_ORIG_SRC=true",
 		"IPV6_ENABLED=true",
@@ -118,6 +131,7 @@ func (p *Pod) LaunchProxy(o ProxyOptions) *Proxy {
 	} else {
 		env = append(env, "CA_PROVIDER=local", "CA_LOCAL_DIR="+p.W.CADir())
 	}
+	env = append(env, mode...)
 	return &Proxy{Process: p.Start("ztunnel", append(env, o.Env...), o.Bin, "proxy"), Pod: p, Peer: o.Peer}
 }
 
@@ -127,7 +141,7 @@ func (s *Proxy) AwaitReady(limit time.Duration) {
 	Eventually(s.t, s.Pod.W.Ctx, limit, func() error {
 		select {
 		case <-s.Done:
-			s.t.Fatalf("%s has ended: %v", s.Name, s.err)
+			s.t.Fatalf("%s has ended: %v", s.Name, s.Err())
 		default:
 		}
 		return s.Ready()
@@ -145,37 +159,7 @@ func (w *World) CADir() string { return filepath.Join(w.Dir, "ca") }
 
 // Client speaks HTTP from inside the pod, past any proxy if it stays on
 // 127.0.0.1.
-func (p *Pod) Client() *http.Client {
-	return &http.Client{
-		Timeout: 10 * time.Second,
-		Transport: &http.Transport{
-			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
-				return p.Dial(ctx, addr)
-			},
-		},
-	}
-}
-
-// Dial connects an application in the pod.
-func (p *Pod) Dial(ctx context.Context, addr string) (net.Conn, error) {
-	dst, err := netip.ParseAddrPort(addr)
-	if err != nil {
-		return nil, err
-	}
-	return p.Net.Dial(ctx, netip.Addr{}, dst)
-}
+func (p *Pod) Client() *http.Client { return p.lab.Client() }
 
 // Get returns the body of a 200.
-func (p *Pod) Get(url string) (string, error) {
-	resp, err := p.Client().Get(url)
-	if err != nil {
-		return "", err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s: %s", url, resp.Status, body)
-	}
-	return string(body), err
-}
+func (p *Pod) Get(url string) (string, error) { return p.lab.Get(url) }
