@@ -74,12 +74,12 @@ fuzz: ## every fuzz target, FUZZTIME (60s) each
 	@set -e; for f in $$(git grep -l '^func Fuzz' -- '*_test.go'); do for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
 	  echo "== $$t ($$(dirname $$f))"; $(GO) test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x ./$$(dirname $$f); done; done
 
-e2e: build ## two nodes in network namespaces (root)
-	ZTUNNEL_BIN=$(BIN) $(GO) test -tags e2e -count=1 -timeout 20m ./e2e/netns/...
+e2e: build ## two nodes in network namespaces, dedicated and shared mode (root)
+	ZTUNNEL_BIN=$(BIN) $(GO) test -tags e2e -count=1 -timeout 20m -parallel 6 ./e2e/netns/... ./e2e/netlab/... ./e2e/cni/...
 
 e2e-interop: build ## the same against another ztunnel: ZTUNNEL_PEER_BIN=/path (root)
 	@if [ -z "$(ZTUNNEL_PEER_BIN)" ]; then echo "e2e-interop skipped: ZTUNNEL_PEER_BIN is not set"; else \
-	  ZTUNNEL_BIN=$(BIN) ZTUNNEL_PEER_BIN="$(ZTUNNEL_PEER_BIN)" $(GO) test -tags e2e -count=1 -timeout 20m -run Interop ./e2e/...; fi
+	  ZTUNNEL_BIN=$(BIN) ZTUNNEL_PEER_BIN="$(ZTUNNEL_PEER_BIN)" $(GO) test -tags e2e -count=1 -timeout 20m -parallel 6 -run Interop ./e2e/netns/...; fi
 
 spire: $(SPIRE_BIN)/spire-agent $(SPIRE_BIN)/spire-server ## SPIRE server and agent of the end-to-end suite, built once
 
