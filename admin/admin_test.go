@@ -143,6 +143,8 @@ func TestID_4_2_Endpoints(t *testing.T) {
 		{"POST", "/config_dump", 200, "application/json", "*"},
 		{"GET", "/quitquitquit", 405, "", ""},
 		{"GET", "/debug/pprof/heap", 200, "application/octet-stream", "*"},
+		{"GET", "/debug/pprof/heap?gc=1", 200, "application/octet-stream", "*"},
+		{"GET", "/debug/pprof/heap?gc=2", 400, plain, "invalid gc value; expected 0-1\n"},
 		{"GET", "/debug/pprof/goroutine", 200, "application/octet-stream", "*"},
 		{"GET", "/debug/pprof/goroutine?debug=2", 200, plain, "*"},
 		{"GET", "/debug/pprof/goroutine?debug=3", 400, plain, "invalid debug value; expected 0-2\n"},

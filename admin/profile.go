@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net/http"
+	"runtime/debug"
 	"runtime/pprof"
 	"strconv"
 	"time"
@@ -17,7 +18,7 @@ const (
 func profilePages() []Page {
 	return []Page{
 		{"/debug/pprof/profile", "CPU profile (?seconds=1-300)", http.HandlerFunc(cpuProfile)},
-		{"/debug/pprof/heap", "heap profile", http.HandlerFunc(heapProfile)},
+		{"/debug/pprof/heap", "heap profile (?gc=1 collects garbage first)", http.HandlerFunc(heapProfile)},
 		{"/debug/pprof/heap/profiling", "whether heap profiling is active", http.HandlerFunc(heapProfiling)},
 	}
 }
@@ -65,7 +66,19 @@ func cpuProfile(w http.ResponseWriter, r *http.Request) {
 	binary(w, profile.Bytes())
 }
 
-func heapProfile(w http.ResponseWriter, _ *http.Request) { lookup(w, "heap", 0) }
+// heapProfile takes gc as net/http/pprof does. What the collection has freed also
+// goes back to the system: then the memory of the process is what it needs.
+func heapProfile(w http.ResponseWriter, r *http.Request) {
+	gc, err := number(r, "gc", 0, 0, 1)
+	if err != nil {
+		text(w, http.StatusBadRequest, err.Error()+"\n")
+		return
+	}
+	if gc == 1 {
+		debug.FreeOSMemory()
+	}
+	lookup(w, "heap", 0)
+}
 
 func heapProfiling(w http.ResponseWriter, r *http.Request) {
 	if values, ok := r.URL.Query()["activate"]; ok {
