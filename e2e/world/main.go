@@ -67,7 +67,7 @@ func SharedNamespace(name string) (*netns.Pod, string, error) {
 
 // RequireRoot skips without root, except where a skip would hide that the
 // tests never run.
-func RequireRoot(t *testing.T) {
+func RequireRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() == 0 {
 		return
@@ -79,7 +79,7 @@ func RequireRoot(t *testing.T) {
 }
 
 // Binary finds a program that a variable names.
-func Binary(t *testing.T, env string) string {
+func Binary(t testing.TB, env string) string {
 	t.Helper()
 	path := os.Getenv(env)
 	if path == "" {
@@ -102,7 +102,7 @@ func Binary(t *testing.T, env string) string {
 const testTime = 2 * time.Minute
 
 // Context ends with the test, and after testTime.
-func Context(t *testing.T) context.Context {
+func Context(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), testTime)
 	t.Cleanup(cancel)
 	return ctx
@@ -116,7 +116,7 @@ func Command(ctx context.Context, input string, args ...string) (string, error) 
 // Eventually repeats check until it is satisfied; the time between two tries
 // doubles from 10 ms. What it waits for is another process, so there is no
 // event to wait on.
-func Eventually(t *testing.T, ctx context.Context, limit time.Duration, check func() error) {
+func Eventually(t testing.TB, ctx context.Context, limit time.Duration, check func() error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()

@@ -69,7 +69,7 @@ func New(t *testing.T) *World {
 	w := &World{T: t, Ctx: Context(t), Dir: t.TempDir()}
 	w.id = fmt.Sprint(worlds.Add(1))
 	w.lan = w.namespace("lan")
-	w.ip(w.lan, "link add br0 type bridge", "addr add 172.172.0.254/16 dev br0", "link set br0 up")
+	w.ip(w.lan, "link add br0 address 02:00:00:00:00:fe type bridge", "addr add 172.172.0.254/16 dev br0", "link set br0 up")
 	for num := 1; num <= 2; num++ {
 		w.addNode(num)
 	}
@@ -128,7 +128,9 @@ func (w *World) addNode(num int) {
 	w.link(w.lan, veth, n.lab)
 	w.ip(w.lan, "link set "+veth+" master br0")
 	w.ip(n.lab, fmt.Sprintf("addr add 172.172.0.%d/16 dev eth0", num), fmt.Sprintf("addr add fd17::%d/64 dev eth0 nodad", num),
-		"link add pods type bridge", fmt.Sprintf("addr add 10.0.%d.1/24 dev pods", num),
+		// Of its own accord a bridge takes the lowest address of its ports: each new
+		// pod could change it, and neighbours would miss it for seconds.
+		fmt.Sprintf("link add pods address 02:00:00:00:00:%02x type bridge", num), fmt.Sprintf("addr add 10.0.%d.1/24 dev pods", num),
 		fmt.Sprintf("addr add fd10:%d::1/64 dev pods nodad", num), "link set pods up")
 	w.Nodes = append(w.Nodes, n)
 }
