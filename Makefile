@@ -33,7 +33,7 @@ PROTOS   = $(wildcard xds/*/*.proto proxy/inpod/*/*.proto)
 PROTOGEN = $(GO) -C internal/tools run ./protogen -root $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: build test test-crypto race lint generate check-generate wire fuzz e2e e2e-interop spire e2e-spire bench demo image help
+.PHONY: build test test-crypto race lint generate check-generate wire fuzz e2e e2e-interop spire e2e-spire bench bench-node demo image help
 
 build: ## bin/ztunnel; CRYPTO=go|fips140|boring picks the cryptographic module
 	$(CRYPTO_ENV) $(GO) build -trimpath -buildvcs=false -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/ztunnel
@@ -92,6 +92,9 @@ e2e-spire: build spire ## two nodes on a real SPIRE: delegated, broker, Workload
 bench: build ## tables, routing and control plane against their bounds; throughput and latency of bin/ztunnel
 	$(GO) test -run '^$$' -bench . -timeout 30m ./state ./xds
 	$(GO) run ./e2e/bench -ztunnel bin/ztunnel $(BENCH_ARGS)
+
+bench-node: build ## a node of 110 pods in shared mode against its bounds (root, an idle machine)
+	ZTUNNEL_BIN=$(BIN) $(GO) test -tags e2e -run '^$$' -bench . -benchtime 1x -timeout 20m ./e2e/netns
 
 demo: build ## two nodes in one process, one request through the tunnel
 	$(BIN) demo $(DEMO_ARGS)

@@ -3,6 +3,7 @@
 package netns
 
 import (
+	"os"
 	"testing"
 	"time"
 
@@ -11,7 +12,12 @@ import (
 	"github.com/ztunnel-go/ztunnel/e2e/world"
 )
 
-func TestMain(m *testing.M) { world.Main(m) }
+func TestMain(m *testing.M) {
+	if task := os.Getenv(bareEnv); task != "" {
+		os.Exit(runBare(task))
+	}
+	world.Main(m)
+}
 
 // pair adds the checks of this suite.
 type pair struct {
