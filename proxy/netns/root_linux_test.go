@@ -1,18 +1,13 @@
 package netns
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
-	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -137,97 +132,6 @@ func TestDP_X08_DedicatedMarks(t *testing.T) {
 		if got := getInt(t, pc, unix.SOL_SOCKET, unix.SO_MARK); got != want {
 			t.Errorf("UDP port %d: mark %d, want %d", port, got, want)
 		}
-	}
-}
-
-// X-08, IP-01 to IP-03: the sockets of a pod.
-func TestDP_X08_PodSockets(t *testing.T) {
-	for _, reuse := range []bool{false, true} {
-		t.Run("reuse="+strconv.FormatBool(reuse), func(t *testing.T) {
-			ns := newNamespace(t)
-			p := newPod(t, ns, PodConfig{Mark: 123, PortReuse: reuse, IPv6Enabled: true})
-			ln := listen(t, p, netip.MustParseAddrPort("[::]:15008"))
-			pc, err := p.ListenPacket(t.Context(), netip.MustParseAddrPort("127.0.0.1:15053"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer pc.Close()
-			want := 0
-			if reuse {
-				want = 1
-			}
-			for _, ip := range []string{"10.1.0.1", "fd00::1"} {
-				client, server := connect(t, p, netip.Addr{}, ln, netip.AddrPortFrom(netip.MustParseAddr(ip), 15008))
-				for name, c := range map[string]struct {
-					sock  any
-					reuse int
-				}{"listener": {ln, want}, "packet": {pc, want}, "dialled": {client, 0}, "accepted": {server, want}} {
-					if got := getInt(t, c.sock, unix.SOL_SOCKET, unix.SO_MARK); got != 123 {
-						t.Errorf("%s: mark %d, want 123", name, got)
-					}
-					if got := getInt(t, c.sock, unix.SOL_SOCKET, unix.SO_REUSEPORT); got != c.reuse {
-						t.Errorf("%s: SO_REUSEPORT %d, want %d", name, got, c.reuse)
-					}
-				}
-			}
-			second, err := p.Listen(t.Context(), ln.Addr())
-			if reuse {
-				if err != nil {
-					t.Fatalf("second listener: %v", err)
-				}
-				_ = second.Close()
-			} else if !errors.Is(err, syscall.EADDRINUSE) {
-				t.Errorf("second listener: got %v, want %v", err, syscall.EADDRINUSE)
-			}
-		})
-	}
-}
-
-// IP-04: code runs in the pod's namespace and no thread stays there.
-func TestID_IP04_DoEntersAndLeaves(t *testing.T) {
-	p := newPod(t, newNamespace(t), PodConfig{})
-	own, err := os.Readlink("/proc/thread-self/ns/net")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	for range 100 {
-		wg.Go(func() {
-			var inside string
-			err := p.Do(func() (err error) {
-				inside, err = os.Readlink("/proc/thread-self/ns/net")
-				return err
-			})
-			if err != nil || inside == own {
-				t.Errorf("inside %s, outside %s, %v", inside, own, err)
-			}
-		})
-	}
-	wg.Wait()
-	threads, err := os.ReadDir("/proc/self/task")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, thread := range threads {
-		got, err := os.Readlink("/proc/self/task/" + thread.Name() + "/ns/net")
-		if err == nil && got != own { // a thread may have ended
-			t.Errorf("thread %s is in %s, want %s", thread.Name(), got, own)
-		}
-	}
-	failure := errors.New("inside")
-	if err := p.Do(func() error { return failure }); err != failure {
-		t.Errorf("got %v, want %v", err, failure)
-	}
-	if _, err := NewPod(nil, PodConfig{}); err == nil {
-		t.Error("a pod without a namespace")
-	}
-	file, err := os.Open(os.DevNull)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	if err := newPod(t, file, PodConfig{}).Do(func() error { return nil }); err == nil {
-		t.Error("entered something that is no namespace")
 	}
 }
 
@@ -385,88 +289,5 @@ func dropNetAdmin(t *testing.T) {
 	data[0].Effective &^= 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW
 	if err := unix.Capset(&hdr, &data[0]); err != nil {
 		t.Fatal(err)
-	}
-}
-
-// Several sockets in one visit, and none of them elsewhere when the context gets
-// out of it.
-func TestVisit(t *testing.T) {
-	p, other := newPod(t, newNamespace(t), PodConfig{IPv6Enabled: true}), newPod(t, newNamespace(t), PodConfig{IPv6Enabled: true})
-	addr := netip.MustParseAddrPort("[::]:15008")
-	var kept context.Context
-	var lns [3]Listener
-	err := p.Visit(t.Context(), func(ctx context.Context) (err error) {
-		kept = ctx
-		thread := unix.Gettid()
-		if err := p.inside(ctx, func() error {
-			if got := unix.Gettid(); got != thread {
-				t.Errorf("entered again, on thread %d", got)
-			}
-			return nil
-		}); err != nil {
-			return err
-		}
-		if lns[0], err = p.Listen(ctx, addr); err != nil {
-			return err
-		}
-		if lns[1], err = other.Listen(ctx, addr); err != nil { // not the namespace that we are in
-			return err
-		}
-		done := make(chan error, 1)
-		go func() { // not the thread that is there
-			done <- p.inside(ctx, func() error {
-				if unix.Gettid() == thread {
-					t.Error("another goroutine is on the thread of the visit")
-				}
-				return nil
-			})
-		}()
-		return <-done
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := p.Listen(kept, addr); !errors.Is(err, syscall.EADDRINUSE) {
-		t.Errorf("after the visit: got %v, want %v", err, syscall.EADDRINUSE)
-	}
-	if lns[2], err = p.Listen(kept, netip.MustParseAddrPort("[::]:15006")); err != nil {
-		t.Fatal(err)
-	}
-	dst := netip.MustParseAddrPort("10.1.0.1:15008")
-	for _, tc := range []struct {
-		p   *Pod
-		ln  Listener
-		dst netip.AddrPort
-	}{{p, lns[0], dst}, {other, lns[1], dst}, {p, lns[2], netip.MustParseAddrPort("10.1.0.1:15006")}} {
-		defer tc.ln.Close()
-		connect(t, tc.p, netip.Addr{}, tc.ln, tc.dst)
-	}
-	if err := p.Visit(t.Context(), func(context.Context) error { return io.ErrUnexpectedEOF }); err != io.ErrUnexpectedEOF {
-		t.Errorf("got %v, want %v", err, io.ErrUnexpectedEOF)
-	}
-}
-
-// A Bound port of a pod becomes a listener of the pod (design D13).
-func TestPodBind(t *testing.T) {
-	p := newPod(t, newNamespace(t), PodConfig{Mark: testMark, PortReuse: true, IPv6Enabled: true})
-	b, err := p.Bind(t.Context(), netip.MustParseAddrPort("[::]:15008"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	dst := netip.MustParseAddrPort("10.1.0.1:15008")
-	if _, err := p.Dial(t.Context(), netip.Addr{}, dst); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("before Listen: got %v, want %v", err, syscall.ECONNREFUSED)
-	}
-	ln, err := b.Listen(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	_, server := connect(t, p, netip.Addr{}, ln, dst)
-	if server.Local() != dst {
-		t.Errorf("got %v, want %v", server.Local(), dst)
-	}
-	if _, err := net.Dial("tcp", "127.0.0.1:15008"); err == nil {
-		t.Error("the listener is in our own namespace")
 	}
 }
