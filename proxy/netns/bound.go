@@ -95,30 +95,28 @@ func (b *bound) Addr() netip.AddrPort { return b.addr }
 
 // Listen implements Bound, on the socket that is held. It does not block.
 func (b *bound) Listen(ctx context.Context) (Listener, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, context.Cause(ctx)
-	}
 	if b.file == nil {
 		return nil, bindError(b.addr, net.ErrClosed)
 	}
-	l := &tcpListener{addr: b.addr, s: b.s}
-	if err := control(rawFile{b.file}, func(fd int) (err error) {
-		if l.transparent, err = b.s.makeTransparent(fd); err != nil {
-			return err
-		}
-		return os.NewSyscallError("listen", unix.Listen(fd, b.s.opt.backlog))
-	}); err != nil {
-		return nil, b.s.bindFailed(unix.IPPROTO_TCP, b.addr, err)
+	// The Listener has a duplicate. In the end there is nothing to tell of this one.
+	defer func() { _ = b.Close() }()
+	if err := ctx.Err(); err != nil {
+		return nil, context.Cause(ctx)
 	}
-	ln, err := net.FileListener(b.file) // a duplicate
+	l := &tcpListener{addr: b.addr, s: b.s}
+	fd := int(b.file.Fd())
+	var err error
+	if l.transparent, err = b.s.makeTransparent(fd); err != nil {
+		return nil, bindError(b.addr, err)
+	}
+	if err := unix.Listen(fd, b.s.opt.backlog); err != nil {
+		return nil, b.s.bindFailed(unix.IPPROTO_TCP, b.addr, os.NewSyscallError("listen", err))
+	}
+	ln, err := net.FileListener(b.file)
 	if err != nil {
-		// Nobody would accept: the port is held and no more, as before.
-		return nil, bindError(b.addr, errors.Join(err, control(rawFile{b.file}, func(fd int) error {
-			return os.NewSyscallError("shutdown", unix.Shutdown(fd, unix.SHUT_RD))
-		})))
+		return nil, bindError(b.addr, err)
 	}
 	l.ln = ln.(*net.TCPListener)
-	_ = b.Close() // of a duplicate: it has nothing to tell
 	return l, nil
 }
 

@@ -136,11 +136,7 @@ func (s *sockets) Listen(ctx context.Context, addr netip.AddrPort) (Listener, er
 	if err != nil {
 		return nil, err
 	}
-	l, err := b.Listen(ctx)
-	if err != nil {
-		return nil, errors.Join(err, b.Close())
-	}
-	return l, nil
+	return b.Listen(ctx)
 }
 
 // keepalive is the setting of accepted connections, which package net has given

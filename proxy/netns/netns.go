@@ -32,11 +32,11 @@ type Network interface {
 type Bound interface {
 	// Addr is the bound address, with the port that was chosen for port 0.
 	Addr() netip.AddrPort
-	// Listen makes the port a Listener, which owns it from then on. After an error
-	// the Bound still holds it. A second Listen, or one after Close, gives an error
-	// that wraps net.ErrClosed.
+	// Listen makes the port a Listener, or after an error frees it: the Bound is used
+	// up either way, and a second Listen gives an error that wraps net.ErrClosed, as
+	// it does after Close.
 	Listen(ctx context.Context) (Listener, error)
-	// Close frees the port, unless Listen has handed it over: then it does nothing.
+	// Close frees the port. After Listen it does nothing.
 	Close() error
 }
 

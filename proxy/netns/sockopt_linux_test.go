@@ -1,6 +1,7 @@
 package netns
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -138,6 +139,51 @@ func TestBoundDoesNotListen(t *testing.T) {
 	}
 	if ln.(Checker).Listening() {
 		t.Error("says that it listens, shut down")
+	}
+}
+
+// A Listen that fails holds nothing, and leaves nobody in a queue that is not
+// served.
+func TestBoundListenFails(t *testing.T) {
+	n := NewHost(HostConfig{OriginalSource: OriginalSourceOff})
+	cause := errors.New("gone")
+	ended, cancel := context.WithCancelCause(t.Context())
+	cancel(cause)
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	setLimit := func(n uint64) {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: limit.Max}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for want, listen := range map[error]func(Bound) (Listener, error){
+		cause: func(b Bound) (Listener, error) { return b.Listen(ended) },
+		syscall.EMFILE: func(b Bound) (Listener, error) {
+			setLimit(3)
+			defer setLimit(limit.Cur)
+			return b.Listen(t.Context())
+		},
+	} {
+		b, err := n.Bind(t.Context(), localhost)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := listen(b); !errors.Is(err, want) {
+			t.Errorf("got %v, want %v", err, want)
+		}
+		if _, err := b.Listen(t.Context()); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("second Listen: got %v, want %v", err, net.ErrClosed)
+		}
+		again, err := n.Bind(t.Context(), b.Addr())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := n.Dial(t.Context(), netip.Addr{}, b.Addr()); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("got %v, want %v", err, syscall.ECONNREFUSED)
+		}
+		_ = again.Close()
 	}
 }
 

@@ -151,7 +151,7 @@ func (b *bound) Addr() netip.AddrPort { return b.l.addr }
 // Listen implements netns.Bound.
 func (b *bound) Listen(ctx context.Context) (netns.Listener, error) {
 	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
+		return nil, errors.Join(context.Cause(ctx), b.Close())
 	}
 	b.l.host.fabric.mu.Lock()
 	defer b.l.host.fabric.mu.Unlock()

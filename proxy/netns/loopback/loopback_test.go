@@ -1,6 +1,7 @@
 package loopback
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -187,6 +188,14 @@ func TestBind(t *testing.T) {
 	}
 	if _, err := again.Listen(t.Context()); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Listen after Close: got %v, want %v", err, net.ErrClosed)
+	}
+	if held, err = b.Bind(t.Context(), any80); err != nil {
+		t.Fatal(err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := held.Listen(ended); !errors.Is(err, context.Canceled) {
+		t.Errorf("Listen too late: got %v, want %v", err, context.Canceled)
 	}
 	listen(t, b, "[::]:80")
 }

@@ -92,13 +92,14 @@ type bound struct{ l *listener }
 func (b *bound) Addr() netip.AddrPort { return b.l.addr }
 
 func (b *bound) Listen(ctx context.Context) (netns.Listener, error) {
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
 	b.l.host.net.mu.Lock()
 	defer b.l.host.net.mu.Unlock()
 	if b.l.open || b.l.closed {
 		return nil, fmt.Errorf("failed to bind to address %v: %w", b.l.addr, net.ErrClosed)
+	}
+	if ctx.Err() != nil {
+		b.l.retire()
+		return nil, context.Cause(ctx)
 	}
 	b.l.open = true
 	return b.l, nil
