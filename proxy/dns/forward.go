@@ -150,9 +150,9 @@ func (s *Server) hostAddrs(q *query) (known bool, addrs []netip.Addr, ok bool) {
 // seldom keeps one warning from coming more often than once a minute.
 type seldom struct{ next atomic.Int64 }
 
-func (o *seldom) warn(ctx context.Context, log *slog.Logger, text string) {
+func (o *seldom) warn(ctx context.Context, log *slog.Logger, text string, args ...any) {
 	now := time.Now()
 	if next := o.next.Load(); now.UnixNano() >= next && o.next.CompareAndSwap(next, now.Add(time.Minute).UnixNano()) {
-		log.WarnContext(ctx, text)
+		log.WarnContext(ctx, text, args...)
 	}
 }

@@ -4,9 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
-	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/ztunnel-go/ztunnel/proxy/netns"
@@ -32,42 +31,33 @@ func (s *Server) bind(ctx context.Context) error {
 	if len(s.bound) > 0 {
 		return nil
 	}
-	addrs, err := s.addrs()
-	if err != nil {
-		return err
-	}
-	for _, addr := range addrs {
+	var lacking error
+	for _, addr := range s.cfg.Addrs {
 		b, err := s.cfg.Network.Bind(ctx, addr)
+		if addr.Addr().Unmap().Is6() && hasNoIPv6(err) {
+			lacking = err
+			continue
+		}
 		if err != nil {
 			s.close()
 			return fmt.Errorf("DNS listener: %w", err)
 		}
 		s.bound = append(s.bound, b)
 	}
+	if len(s.bound) == 0 {
+		return fmt.Errorf("DNS listener: %w", lacking)
+	}
+	if lacking != nil {
+		s.log.InfoContext(ctx, "no DNS by IPv6: its loopback address is not there", "error", lacking.Error())
+	}
 	return nil
 }
 
-// addrs are the addresses that the namespace has.
-func (s *Server) addrs() ([]netip.AddrPort, error) {
-	n, ok := s.cfg.Network.(interface{ LoopbackIPv6() (bool, error) })
-	if !ok || !slices.ContainsFunc(s.cfg.Addrs, is6) {
-		return s.cfg.Addrs, nil
-	}
-	has, err := n.LoopbackIPv6()
-	if err != nil {
-		return nil, fmt.Errorf("DNS listener: look for an IPv6 loopback address: %w", err)
-	}
-	if has {
-		return s.cfg.Addrs, nil
-	}
-	addrs := slices.DeleteFunc(slices.Clone(s.cfg.Addrs), is6)
-	if len(addrs) == 0 {
-		return nil, fmt.Errorf("DNS listener: %v: the network namespace has no IPv6 loopback address", s.cfg.Addrs)
-	}
-	return addrs, nil
+// hasNoIPv6 tells whether an address can't be had because the namespace has no IPv6,
+// be it altogether or on its loopback interface.
+func hasNoIPv6(err error) bool {
+	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT)
 }
-
-func is6(a netip.AddrPort) bool { return a.Addr().Unmap().Is6() }
 
 // Listen listens on the ports that Bind has taken, or takes them, too, and binds
 // UDP: all or nothing, and after an error nothing is held any more. What comes waits

@@ -1,6 +1,7 @@
 package dns
 
 import (
+	"context"
 	"net/netip"
 	"slices"
 	"sync"
@@ -24,6 +25,15 @@ type peers struct {
 
 // refreshPeers is how often an unknown address makes us look for new ones.
 const refreshPeers = time.Second
+
+// admits tells whether a client may ask.
+func (s *Server) admits(ctx context.Context, peer netip.AddrPort) bool {
+	if s.peers.allowed(peer) {
+		return true
+	}
+	s.strangers.warn(ctx, s.log, "DNS query refused: it comes from an address that is not of this network namespace", "src.addr", peer)
+	return false
+}
 
 func (p *peers) allowed(peer netip.AddrPort) bool {
 	ip := peer.Addr().Unmap().WithZone("")

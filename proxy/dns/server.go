@@ -34,11 +34,11 @@ type ServerConfig struct {
 	// Network is where all sockets are, those to nameservers too. If it has a method
 	// Addresses() ([]netip.Addr, error), queries from these addresses are answered
 	// besides those from loopback addresses: what is redirected to us comes from
-	// there. If it has a method LoopbackIPv6() (bool, error) that says false, the
-	// IPv6 addresses of Addrs are left out.
+	// there.
 	Network netns.Network
 	// Addrs are where the server listens, by UDP and TCP. They must be loopback
-	// addresses.
+	// addresses. Those of IPv6 are left out where the namespace has none of them, but
+	// not if there are no others.
 	Addrs []netip.AddrPort
 	// ClusterDomain is the DNS domain of the cluster; "" means cluster.local.
 	ClusterDomain string
@@ -79,16 +79,15 @@ type ServerConfig struct {
 //
 // An idle server holds its sockets and a goroutine for each, and no buffers.
 type Server struct {
-	cfg      ServerConfig
-	log      *slog.Logger
-	upstream *upstream
-	peers    peers
-	outgoing outgoing
-	pending  slots         // queries that wait
-	conns    chan struct{} // one for each TCP connection
-	floods   seldom        // queries were refused
-	loops    seldom        // queries of our own came in
-	search   atomic.Pointer[searchList]
+	cfg                      ServerConfig
+	log                      *slog.Logger
+	upstream                 *upstream
+	peers                    peers
+	outgoing                 outgoing
+	pending                  slots         // queries that wait
+	conns                    chan struct{} // one for each TCP connection
+	floods, loops, strangers seldom
+	search                   atomic.Pointer[searchList]
 
 	mu        sync.Mutex // guards the rest
 	bound     []netns.Bound

@@ -120,7 +120,7 @@ func (ln *listener) yield(ctx context.Context, s *Server, until time.Time) {
 
 // accepted serves a connection, or refuses it.
 func (s *Server) accepted(ctx, ended context.Context, ln *listener, c netns.Conn, conns *sync.WaitGroup) {
-	if !s.peers.allowed(c.Remote()) || !c.Local().Addr().IsLoopback() || !s.cfg.Limits.conns.take() {
+	if !c.Local().Addr().IsLoopback() || !s.admits(ctx, c.Remote()) || !s.cfg.Limits.conns.take() {
 		_ = c.Abort()
 		return
 	}

@@ -157,7 +157,7 @@ func (s *Server) leave(ctx context.Context, k *socket) {
 // datagram answers one query, or has it answered.
 func (s *Server) datagram(ctx, ended context.Context, k *socket, w *work, n int, peer netip.AddrPort) {
 	defer s.recovered(ctx)
-	if !s.peers.allowed(peer) {
+	if !s.admits(ctx, peer) {
 		return
 	}
 	raw := w.in[:n]
