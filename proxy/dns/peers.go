@@ -40,7 +40,11 @@ func (p *peers) allowed(peer netip.AddrPort) bool {
 	if peer.Port() == 0 {
 		return false
 	}
-	return ip.IsLoopback() || p.knows(ip) || p.refresh() && p.knows(ip)
+	if ip.IsLoopback() || p.knows(ip) {
+		return true
+	}
+	p.refresh()
+	return p.knows(ip) // somebody else may have read them
 }
 
 func (p *peers) knows(ip netip.Addr) bool {
@@ -48,29 +52,29 @@ func (p *peers) knows(ip netip.Addr) bool {
 	return own != nil && slices.Contains(*own, ip)
 }
 
-// refresh reads the addresses of the namespace, and is false if it did not.
-func (p *peers) refresh() bool {
+// refresh reads the addresses of the namespace, unless that was done just now. Who
+// is not known when they can't be read gets no answer.
+func (p *peers) refresh() {
 	a, ok := p.network.(interface {
 		Addresses() ([]netip.Addr, error)
 	})
 	if !ok {
-		return false
+		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
 	if now.Before(p.next) {
-		return false
+		return
 	}
 	p.next = now.Add(refreshPeers)
 	addrs, err := a.Addresses()
 	if err != nil {
-		return false // who is not known gets no answer
+		return
 	}
 	own := make([]netip.Addr, 0, len(addrs))
 	for _, ip := range addrs {
 		own = append(own, ip.Unmap().WithZone(""))
 	}
 	p.own.Store(&own)
-	return true
 }

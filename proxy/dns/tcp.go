@@ -30,12 +30,16 @@ const (
 	// may get connections.
 	linger    = time.Second
 	maxLinger = 3 * time.Second
+	// settled is how long connections that were queued before a Yield may take to be
+	// accepted.
+	settled = 100 * time.Millisecond
 )
 
 // listener is a TCP listener for clients.
 type listener struct {
 	netns.Listener
 	draining atomic.Bool
+	yielded  time.Time // of serveTCP
 
 	mu    sync.Mutex // guards conns
 	conns map[netns.Conn]struct{}
@@ -98,24 +102,27 @@ func (s *Server) serveTCP(ctx, ended context.Context, ln *listener) {
 			}
 		}
 		if !until.IsZero() {
-			ln.yield(ctx, s, until)
+			s.yield(ctx, ln)
+			next := time.Now().Add(linger)
+			if next.After(until) {
+				next = until
+			}
+			_ = ln.Listener.(netns.DeadlineSetter).SetDeadline(next) // drain has done so, too
 		}
 	}
 }
 
-// yield leaves new connections to others, and bounds the wait for those that come
-// here all the same.
-func (ln *listener) yield(ctx context.Context, s *Server, until time.Time) {
-	if y, ok := ln.Listener.(netns.Yielder); ok {
-		if _, err := y.Yield(); err != nil {
-			s.log.WarnContext(ctx, "DNS connections may get lost while another proxy takes over", "address", ln.Addr(), "error", err.Error())
-		}
+// yield leaves new connections to others (decision D14). It does so again when some
+// come later than those that were queued.
+func (s *Server) yield(ctx context.Context, ln *listener) {
+	y, ok := ln.Listener.(netns.Yielder)
+	if !ok || time.Since(ln.yielded) < settled {
+		return
 	}
-	next := time.Now().Add(linger)
-	if next.After(until) {
-		next = until
+	if _, err := y.Yield(); err != nil {
+		s.log.WarnContext(ctx, "DNS connections may get lost while another proxy takes over", "address", ln.Addr(), "error", err.Error())
 	}
-	_ = ln.Listener.(netns.DeadlineSetter).SetDeadline(next) // drain has done so, too
+	ln.yielded = time.Now()
 }
 
 // accepted serves a connection, or refuses it.
