@@ -75,6 +75,7 @@ func TestDrainIsCut(t *testing.T) {
 		w.m.Open()
 		w.run()
 		accept(t, w.conn().add("a", w.ns("1")))
+		w.wantStates("a active")
 		w.m.Drain()
 		synctest.Wait()
 		deadline := errors.New("the deadline")
@@ -158,6 +159,7 @@ func TestRunIsCut(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w, c := start(t)
 		accept(t, c.add("a", w.ns("1")))
+		w.wantStates("a active")
 		stop := errors.New("stop")
 		w.cut(stop)
 		<-w.ended

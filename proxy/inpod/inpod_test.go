@@ -157,7 +157,9 @@ func TestID_IP16_KeptWithANewSnapshot(t *testing.T) {
 func TestID_IP17_OtherNamespaceKeepsTheLatest(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w, c := start(t)
-		accept(t, c.add("a", w.ns("1")), c.add("a", w.ns("2")))
+		accept(t, c.add("a", w.ns("1")))
+		w.wantStates("a active")
+		accept(t, c.add("a", w.ns("2")))
 		w.wantCounts(1, 0, 2, 1)
 		w.wantStates("a active")
 		if err := w.proxies("a")[0].cutBy(); !errors.Is(err, errReplaced) {
@@ -182,7 +184,9 @@ func TestID_IP17_ReplacedProxyEndsLate(t *testing.T) {
 		w.m.Open()
 		w.run()
 		c := w.conn()
-		accept(t, c.add("a", w.ns("1")), c.add("a", w.ns("2")))
+		accept(t, c.add("a", w.ns("1")))
+		w.wantStates("a active")
+		accept(t, c.add("a", w.ns("2")))
 		w.wantCounts(1, 0, 2, 0)
 		w.wantStates("a active")
 		if got := w.value("workload_manager_pods", "draining"); got != 1 {
@@ -279,7 +283,9 @@ func TestID_IP21_FailsInTheSnapshot(t *testing.T) {
 func TestID_IP22_AddAndDelete(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w, c := start(t)
-		accept(t, c.add("a", w.ns("1")), c.sent(), c.del("a"), c.del("a"), c.del("unknown"))
+		accept(t, c.add("a", w.ns("1")), c.sent())
+		w.wantStates("a active")
+		accept(t, c.del("a"), c.del("a"), c.del("unknown"))
 		w.wantCounts(0, 0, 1, 1)
 		w.wantReady("")
 	})
@@ -316,6 +322,7 @@ func TestID_IP24_OutOfOrder(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				w, c := start(t)
 				accept(t, c.add("a", w.ns("1")), c.sent())
+				w.wantStates("a active")
 				if got, want := c.ask(tt.request), "failure to process message : "+tt.want; got != want {
 					t.Errorf("answer: got %q, want %q", got, want)
 				}

@@ -144,7 +144,7 @@ func (m *model) ready() bool {
 
 // Random orders of all that can happen, compared with the model after each step.
 func TestModel(t *testing.T) {
-	seeds := 80
+	seeds := 40
 	if testing.Short() {
 		seeds = 10
 	}

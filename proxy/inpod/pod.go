@@ -197,23 +197,28 @@ func (p *pod) serve(ctx context.Context) error {
 }
 
 // start makes a proxy that listens. The proxy may be there without being of use.
+// The agent is answered when the ports are taken; it has to wait for their
+// listeners, too, if it has told of all pods: the pod is about to begin then, and
+// should find us.
 func (p *pod) start(ctx context.Context, restart context.CancelCauseFunc) (proxy Proxy, err error) {
-	listens := p.m.isOpen()
-	if proxy, err = p.bind(ctx, restart, listens); err == nil && !listens {
-		p.bound()
-		p.report(nil)
-		select {
-		case <-p.m.opened:
-		case <-p.m.draining:
-			return proxy, errDraining
-		case <-ctx.Done():
-			return proxy, context.Cause(ctx)
-		}
-		err = p.step(ctx, "listen", func(ctx context.Context) error {
-			return p.visit(ctx, "listen", proxy.Listen)
-		})
+	open, later := p.m.phase()
+	if proxy, err = p.bind(ctx, restart, open && later); err != nil || open && later {
+		return proxy, err
 	}
-	return proxy, err
+	if !open {
+		p.bound()
+	}
+	p.report(nil)
+	select {
+	case <-p.m.opened:
+	case <-p.m.draining:
+		return proxy, errDraining
+	case <-ctx.Done():
+		return proxy, context.Cause(ctx)
+	}
+	return proxy, p.step(ctx, "listen", func(ctx context.Context) error {
+		return p.visit(ctx, "listen", proxy.Listen)
+	})
 }
 
 // bind makes a proxy that has its ports, and listens on them if it should.

@@ -285,10 +285,11 @@ func (m *Manager) hasSnapshot() bool {
 	return !m.zds.snapshot.IsZero()
 }
 
-func (m *Manager) isOpen() bool {
+// phase tells whether pods are to listen, and whether the snapshot is complete.
+func (m *Manager) phase() (open, complete bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.open
+	return m.open, !m.zds.snapshot.IsZero()
 }
 
 func (m *Manager) isDrained() bool {
