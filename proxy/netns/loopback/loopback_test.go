@@ -179,6 +179,12 @@ func TestBind(t *testing.T) {
 	if ln.(netns.Checker).Listening() {
 		t.Error("says that it listens, closed")
 	}
+}
+
+// A port that is not held any more is free.
+func TestBoundGivesUp(t *testing.T) {
+	b := New().Host(ipB).Proxy()
+	any80 := netip.MustParseAddrPort("[::]:80")
 	again, err := b.Bind(t.Context(), any80)
 	if err != nil {
 		t.Fatal(err)
@@ -189,7 +195,8 @@ func TestBind(t *testing.T) {
 	if _, err := again.Listen(t.Context()); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Listen after Close: got %v, want %v", err, net.ErrClosed)
 	}
-	if held, err = b.Bind(t.Context(), any80); err != nil {
+	held, err := b.Bind(t.Context(), any80)
+	if err != nil {
 		t.Fatal(err)
 	}
 	ended, cancel := context.WithCancel(t.Context())

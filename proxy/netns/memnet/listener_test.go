@@ -104,78 +104,86 @@ func TestListenerDeadline(t *testing.T) {
 	})
 }
 
+// sharers are listeners that share a port of one host.
+type sharers struct {
+	t      *testing.T
+	client *memnet.Host
+	lns    [3]netns.Listener
+}
+
+// want checks who gets six connections. It must be called in a bubble.
+func (s *sharers) want(when string, want [3]int) {
+	s.t.Helper()
+	for range 6 {
+		c, err := s.client.Dial(s.t.Context(), netip.Addr{}, b80)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	var got [3]int
+	for i, ln := range s.lns {
+		_ = ln.(netns.DeadlineSetter).SetDeadline(time.Now().Add(time.Millisecond))
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				break
+			}
+			_ = c.Close()
+			got[i]++
+		}
+	}
+	if got != want {
+		s.t.Errorf("%s: got %v, want %v", when, got, want)
+	}
+}
+
+func (s *sharers) yield(i int, want bool) {
+	s.t.Helper()
+	if got, err := s.lns[i].(netns.Yielder).Yield(); err != nil || got != want {
+		s.t.Errorf("%d yields: got %v, %v, want %v", i, got, err, want)
+	}
+}
+
 // Listeners that share a port, and one that yields to the others (design D14).
 func TestPortReuse(t *testing.T) { synctest.Test(t, testPortReuse) }
 
 func testPortReuse(t *testing.T) {
 	n := memnet.New(memnet.Config{PortReuse: true})
-	a, b := n.Host(ipA), n.Host(ipB)
-	var lns [3]netns.Listener
-	for i := range lns {
+	b := n.Host(ipB)
+	s := &sharers{t: t, client: n.Host(ipA)}
+	for i := range s.lns {
 		held, err := b.Bind(t.Context(), any80)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if i > 0 {
-			if got, err := lns[0].(netns.Yielder).Others(); err != nil || got != i-1 {
+			if got, err := s.lns[0].(netns.Yielder).Others(); err != nil || got != i-1 {
 				t.Errorf("%d others, %v, want %d: one does not listen yet", got, err, i-1)
 			}
 		}
-		if lns[i], err = held.Listen(t.Context()); err != nil {
+		if s.lns[i], err = held.Listen(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// reached counts who gets six connections.
-	reached := func() (got [3]int) {
-		for range 6 {
-			c, err := a.Dial(t.Context(), netip.Addr{}, b80)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
-		}
-		for i, ln := range lns {
-			_ = ln.(netns.DeadlineSetter).SetDeadline(time.Now().Add(time.Millisecond))
-			for {
-				c, err := ln.Accept()
-				if err != nil {
-					break
-				}
-				_ = c.Close()
-				got[i]++
-			}
-		}
-		return got
-	}
-	yield := func(i int, want bool) {
-		if got, err := lns[i].(netns.Yielder).Yield(); err != nil || got != want {
-			t.Errorf("%d yields: got %v, %v, want %v", i, got, err, want)
-		}
-	}
-	check := func(when string, want [3]int) {
-		t.Helper()
-		if got := reached(); got != want {
-			t.Errorf("%s: got %v, want %v", when, got, want)
-		}
-	}
-	check("in turn", [3]int{2, 2, 2})
-	yield(0, true)
-	check("the first yields", [3]int{0, 0, 6})
-	yield(0, true)
-	check("it yields again", [3]int{0, 6, 0})
-	lns[0].Close()
-	check("it closes", [3]int{0, 6, 0})
-	lns[1].Close()
-	check("its heir closes", [3]int{0, 0, 6})
-	yield(2, false)
-	if _, err := lns[1].(netns.Yielder).Yield(); !errors.Is(err, net.ErrClosed) {
+	s.want("in turn", [3]int{2, 2, 2})
+	s.yield(0, true)
+	s.want("the first yields", [3]int{0, 0, 6})
+	s.yield(0, true)
+	s.want("it yields again", [3]int{0, 6, 0})
+	s.lns[0].Close()
+	s.want("it closes", [3]int{0, 6, 0})
+	s.lns[1].Close()
+	s.want("its heir closes", [3]int{0, 0, 6})
+	s.yield(2, false)
+	if _, err := s.lns[1].(netns.Yielder).Yield(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("a closed listener yields: %v", err)
 	}
-	if _, err := lns[1].(netns.Yielder).Others(); !errors.Is(err, net.ErrClosed) {
+	if _, err := s.lns[1].(netns.Yielder).Others(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("others of a closed listener: %v", err)
 	}
-	lns[2].Close()
-	if _, err := a.Dial(t.Context(), netip.Addr{}, b80); !errors.Is(err, syscall.ECONNREFUSED) {
+	s.lns[2].Close()
+	if _, err := s.client.Dial(t.Context(), netip.Addr{}, b80); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("all closed: got %v, want %v", err, syscall.ECONNREFUSED)
 	}
 }
