@@ -265,12 +265,18 @@ func TestVisit(t *testing.T) {
 			return err
 		}
 		done := make(chan error, 1)
-		go func() { // not the thread that is there
+		go func() { // not the thread that is there, but it gets there
 			done <- p.inside(ctx, func() error {
-				if unix.Gettid() == thread {
-					t.Error("another goroutine is on the thread of the visit")
+				at, err := os.Open("/proc/thread-self/ns/net")
+				if err != nil {
+					return err
 				}
-				return nil
+				defer at.Close()
+				in, err := ID(at)
+				if want, _ := ID(p.ns); in != want || unix.Gettid() == thread {
+					t.Errorf("another goroutine is in %v, want %v, on a thread of its own", in, want)
+				}
+				return err
 			})
 		}()
 		return <-done
