@@ -226,8 +226,19 @@ func TestPrefetch(t *testing.T) {
 		if id := later.proxy.identity.current().Ref().ID; id != mustLocal(t, later).Identity || id.TrustDomain().Name() != "old.test" {
 			t.Errorf("the lease is that of %s", id)
 		}
+		for _, change := range []state.Update{{Removed: []string{later.w.UID}}, {Policies: []*state.Policy{denyPort(1)}}} {
+			if err := later.store.Apply(change); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+		}
+		if td := later.proxy.identity.current().Ref().ID.TrustDomain().Name(); td != "old.test" {
+			t.Errorf("lost by the store for a moment, it is that of %s", td)
+		}
 		later.stop(nil)
-		want()
+		if lease := later.proxy.identity.current(); lease != nil {
+			t.Errorf("after the end of the pod it still has %v", lease.Ref())
+		}
 	})
 }
 
