@@ -33,6 +33,14 @@ func perPod(p Provider, w WorkloadRef) bool {
 	return p.Key(w).UID != ""
 }
 
+// bundlesPerPod reports whether p tells pods apart where it contributes anchors,
+// too. A provider that does so only with its certificates has the optional
+// interface CommonBundles() bool.
+func bundlesPerPod(p Provider, w WorkloadRef) bool {
+	c, ok := p.(interface{ CommonBundles() bool })
+	return perPod(p, w) && !(ok && c.CommonBundles())
+}
+
 // ofIdentity is w without what tells it apart from the other pods of its
 // identity: whatever they share outlives each of them.
 func ofIdentity(w WorkloadRef) WorkloadRef {
@@ -76,7 +84,7 @@ func (a *audience) listen(providers []Provider, w WorkloadRef) {
 // watch begins a watch of p's anchors that names w, as far as p tells w apart from
 // the other pods. Until it reports, latest counts.
 func (a *audience) watch(p Provider, w WorkloadRef, latest *Bundles) {
-	if !perPod(p, w) {
+	if !bundlesPerPod(p, w) {
 		w = ofIdentity(w)
 	}
 	ctx, cancel := context.WithCancel(a.hold.ctx)
@@ -88,7 +96,7 @@ func (a *audience) watch(p Provider, w WorkloadRef, latest *Bundles) {
 // follow has the watches name workloads that have a lease.
 func (a *audience) follow() {
 	for p, watch := range maps.Clone(a.watches) {
-		if w, ok := a.living(watch.ref); ok && w != watch.ref && perPod(p, w) {
+		if w, ok := a.living(watch.ref); ok && w != watch.ref && bundlesPerPod(p, w) {
 			watch.cancel()
 			a.watch(p, w, watch.latest)
 		}

@@ -295,6 +295,48 @@ func TestNoLingerInSomebodysName(t *testing.T) {
 	})
 }
 
+// commonNamed tells pods apart by its certificates alone.
+type commonNamed struct{ *named }
+
+func (commonNamed) CommonBundles() bool { return true }
+
+// TestCommonBundles: what a provider of pods' own certificates contributes to
+// everybody is asked for once, in nobody's name, and counts for all leases and in
+// what the manager tells of them, also after a live move.
+func TestCommonBundles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		istio, spire := nameless("istio"), commonNamed{perPodOf("spire")}
+		td, other := catest.NewCA(t, "td.test"), catest.NewCA(t, "td.test")
+		istio.Set(ca.Key{Provider: "istio", ID: web}, available(td.SVID(t, web)))
+		spire.grant("", other.Bundles(ca.Strict))
+		m := catest.RunManager(t, catest.Fixed{istio, spire}, ca.ManagerConfig{})
+		leases := []*ca.Lease{m.Acquire(pod(t, 1)), m.Acquire(pod(t, 2))}
+		check := func(when string) {
+			t.Helper()
+			spire.want(t, when, "", "a///false")
+			for _, l := range leases {
+				if !trusts(t, l, other) {
+					t.Errorf("%s: %s does not trust the other provider", when, l.Ref().UID)
+				}
+			}
+			if s := m.Snapshot(); len(s) != 1 || len(s[0].Roots) != 2 {
+				t.Errorf("%s: the manager tells of %d certificates, the first with %d roots, want 1 with 2", when, len(s), len(s[0].Roots))
+			}
+		}
+		check("at first")
+		leases[0].Release()
+		leases = leases[1:]
+		check("when the first has gone")
+		m.Replace(catest.Fixed{istio})
+		if trusts(t, leases[0], other) {
+			t.Error("a provider that is no longer listed is trusted")
+		}
+		m.Replace(catest.Fixed{istio, spire})
+		check("listed again")
+		leases[0].Release()
+	})
+}
+
 // TestGrantsMove: in a live move each lease takes along what it was granted itself,
 // and nothing that was another pod's.
 func TestGrantsMove(t *testing.T) {

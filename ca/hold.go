@@ -237,7 +237,7 @@ func (h *hold) others(providers []Provider) (common, personal []Provider) {
 	for _, p := range providers {
 		switch {
 		case p == h.key.provider:
-		case h.shared && perPod(p, h.ref):
+		case h.shared && bundlesPerPod(p, h.ref):
 			personal = append(personal, p)
 		default:
 			common = append(common, p)

@@ -66,7 +66,8 @@ type Provider interface {
 	Watch(ctx context.Context, w WorkloadRef, update func(Event)) error
 	// WatchBundles reports the bundles that this provider contributes for w,
 	// under the same rules as Watch. What it says of a pod counts for the leases of
-	// that pod alone. When it contributes nothing any more it must say so, also if it
+	// that pod alone, unless the provider has CommonBundles() bool and that is true:
+	// then w names no pod, and it counts for whoever has the provider listed. When it contributes nothing any more it must say so, also if it
 	// has not said anything before: another watch may have.
 	WatchBundles(ctx context.Context, w WorkloadRef, update func(*Bundles)) error
 }

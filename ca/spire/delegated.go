@@ -187,6 +187,10 @@ func (d *delegated) openBundles(ctx context.Context, conn *grpc.ClientConn) (fun
 	}, nil
 }
 
+// CommonBundles is an optional interface of the manager: what WatchBundles reports
+// is the same for all pods.
+func (d *delegated) CommonBundles() bool { return true }
+
 // WatchBundles implements ca.Provider. The agent's own trust domain is what the
 // operator trusts by listing the provider; federated ones are granted to single
 // workloads with their SVIDs.
