@@ -94,9 +94,16 @@ func (p *pod) auditAddresses(ctx context.Context, w *state.Workload, all bool) b
 	}
 	err := verify(network, w)
 	p.m.mu.Lock()
+	if p.m.pods[p.about.UID] != p { // it has gone meanwhile, and its namespace with it
+		p.m.mu.Unlock()
+		return false
+	}
 	p.checked, p.checkedAt, p.mismatch = w, time.Now(), err
 	if err != nil && before == nil {
 		p.mismatched = time.Now()
+		if p.proxy != nil && !p.m.drained { // it may act with the identity already
+			p.restart(&restartError{err})
+		}
 	}
 	p.m.mu.Unlock()
 	switch {
@@ -131,7 +138,7 @@ func (p *pod) auditListeners() {
 	proxy := p.proxy
 	active := p.state == Active
 	p.m.mu.Unlock()
-	if !active {
+	if !active || proxy == nil { // a drain has begun
 		return
 	}
 	err := proxy.Check()

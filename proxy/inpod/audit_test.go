@@ -73,7 +73,10 @@ func TestFault_122_ForeignNamespace(t *testing.T) {
 			t.Errorf("failed since %v, then since %v", since, got)
 		}
 		w.wantReady("")
-		w.wantCounts(1, 0, 1, 0) // its proxy runs
+		w.wantCounts(1, 0, 2, 1) // another proxy runs: the first one may have acted with the identity
+		if cause := w.proxies("a")[0].cutBy(); cause == nil || !strings.Contains(cause.Error(), want) {
+			t.Errorf("the first proxy was cut by %v, want %q", cause, want)
+		}
 		if got := w.value("workload_manager_pods", "failed"); got != 1 {
 			t.Errorf("failed pods: got %v, want 1", got)
 		}

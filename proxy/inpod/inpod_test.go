@@ -50,6 +50,27 @@ func TestID_IP10_AddTwiceStartsOneProxy(t *testing.T) {
 	})
 }
 
+// A second pod in the namespace of another one would get connections of that one.
+func TestFault_122_OneNamespaceOnePod(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, c := start(t)
+		accept(t, c.add("a", w.ns("1")), c.sent())
+		const want = "its network namespace is that of pod default/a, UID a"
+		if got := c.add("b", w.ns("1")); got != "failure to start proxy : "+want {
+			t.Errorf("answer: got %q, want that %q", got, want)
+		}
+		time.Sleep(3 * retryEvery)
+		w.wantStates("a active, b failed")
+		if n := len(w.proxies("b")); n != 0 {
+			t.Errorf("%d proxies were made for b, want none", n)
+		}
+		accept(t, c.del("a"))
+		time.Sleep(retryEvery)
+		w.wantStates("b active")
+		w.wantCounts(1, 0, 2, 1)
+	})
+}
+
 func TestID_IP11_FailsAndIsTriedAgain(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		w, c := start(t)

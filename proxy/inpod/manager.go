@@ -8,6 +8,8 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
+
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
 
 // ProtocolError says that the agent does not keep to ZDS as we know it: the two
@@ -49,8 +51,9 @@ type Manager struct {
 	mu      sync.Mutex // guards what follows, and what pod says
 	open    bool
 	drained bool
-	pods    map[string]*pod   // by UID: those that there are
-	ending  map[*pod]struct{} // those whose proxy has not ended yet
+	pods    map[string]*pod            // by UID: those that there are
+	ending  map[*pod]struct{}          // those whose proxy has not ended yet
+	claims  map[netns.NamespaceID]*pod // whose proxy is in a namespace, or about to be
 	zds     connection
 }
 
@@ -68,6 +71,7 @@ func New(cfg Config) (*Manager, error) {
 		starts:   newStarts(min(max(2, runtime.GOMAXPROCS(0)), 8)),
 		pods:     map[string]*pod{},
 		ending:   map[*pod]struct{}{},
+		claims:   map[netns.NamespaceID]*pod{},
 		zds:      connection{err: errNotTried},
 	}
 	m.dial = m.dialAgent

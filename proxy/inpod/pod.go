@@ -171,6 +171,10 @@ var errEnded = errors.New("the proxy has ended by itself")
 // serve makes a proxy and runs it to its end, of which the error tells the
 // reason.
 func (p *pod) serve(ctx context.Context) error {
+	if err := p.claim(); err != nil {
+		return err
+	}
+	defer p.unclaim()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	proxy, err := p.start(ctx, cancel)
@@ -194,6 +198,29 @@ func (p *pod) serve(ctx context.Context) error {
 		return fmt.Errorf("serve: %w", err)
 	}
 	return errEnded
+}
+
+// claim makes the namespace that of p. Two pods in one namespace would share their
+// ports, and each would carry connections of the other under its own identity: the
+// second one is not served. One that is on its way out has no claim.
+func (p *pod) claim() error {
+	m := p.m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if other := m.claims[p.id]; other != nil && other != p && m.pods[other.about.UID] == other {
+		return fmt.Errorf("its network namespace is that of pod %s/%s, UID %s", other.about.Namespace, other.about.Name, other.about.UID)
+	}
+	m.claims[p.id] = p
+	return nil
+}
+
+// unclaim gives the namespace to whoever comes.
+func (p *pod) unclaim() {
+	p.m.mu.Lock()
+	defer p.m.mu.Unlock()
+	if p.m.claims[p.id] == p {
+		delete(p.m.claims, p.id)
+	}
 }
 
 // start makes a proxy that listens. The proxy may be there without being of use.
