@@ -77,6 +77,7 @@ func (s *shared) newSelf(common proxy.Config, own WorkloadInfo, network netns.Ne
 	common.Local = state.Ref{Namespace: own.Namespace, Name: own.Name, ServiceAccount: own.ServiceAccount}
 	common.OutboundAddr, common.PassthroughAddr, common.SOCKSAddr = netip.AddrPort{}, netip.AddrPort{}, netip.AddrPort{}
 	common.DNS = nil
+	common.HandOver = 0 // nobody else gets this port before we have left it
 	if s.self, err = proxy.New(common); err != nil {
 		return err
 	}
@@ -120,6 +121,9 @@ func (s *shared) listen(ctx context.Context) error {
 func (s *shared) run(ctx, waiting context.Context, gate <-chan struct{}) error {
 	ctx, cut := context.WithCancelCause(ctx)
 	defer cut(nil)
+	waiting, giveUp := context.WithCancel(waiting) // no longer than ctx
+	defer giveUp()
+	defer context.AfterFunc(ctx, giveUp)()
 	var parts sync.WaitGroup
 	defer parts.Wait()
 	ended := make(chan error, 1)

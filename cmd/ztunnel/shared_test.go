@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -169,6 +170,38 @@ func TestID_IP24_ProtocolErrorExits(t *testing.T) {
 	}
 }
 
+// The same before anybody is served: what the proxy's own pod waits for, the port
+// or the control plane, does not keep the process.
+func TestID_IP24_ProtocolErrorExitsWhileWaiting(t *testing.T) {
+	for name, taken := range map[string]bool{"for the control plane": false, "for the own port": true} {
+		t.Run(name, func(t *testing.T) {
+			s := newOnNode(t, "XDS_ADDRESS=unix:///nobody/listens/here", "POD_NAME=ztunnel-x", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=ztunnel")
+			if taken {
+				other, err := s.fabric.Host(sharedNode).Proxy().Listen(s.ctx, netip.AddrPortFrom(netip.IPv6Unspecified(), 15008))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer other.Close()
+			}
+			s.agent.serve()
+			s.start()
+			agent := s.agent.accept()
+			agent.tell(snapshotSent, nil)
+			if refusal, err := agent.ask(snapshotSent, nil); err != nil || !strings.Contains(refusal, "pod snapshot received already") {
+				t.Errorf("answer %q, %v", refusal, err)
+			}
+			select {
+			case <-s.node.done:
+			case <-time.After(soon):
+				t.Fatal("the node goes on")
+			}
+			if exitCode(s.node.err) != exitRuntime {
+				t.Errorf("run: %v, exit code %d; want 1", s.node.err, exitCode(s.node.err))
+			}
+		})
+	}
+}
+
 // LC-03 in shared mode: a pod that cannot be served is refused to the agent, and keeps nobody from
 // being ready. It shows with its reason.
 func TestID_LC03_SharedPodPort(t *testing.T) {
@@ -289,6 +322,54 @@ func TestID_E203_SelfListener(t *testing.T) {
 	if d := other.node.data.(*shared); d.self != nil {
 		t.Error("there is a listener for a pod without a service account")
 	}
+}
+
+// aloneOnPort is a network in which nobody else listens on a port of ours.
+type aloneOnPort struct{ netns.Network }
+
+func (n aloneOnPort) Bind(ctx context.Context, addr netip.AddrPort) (netns.Bound, error) {
+	b, err := n.Network.Bind(ctx, addr)
+	return aloneBound{b}, err
+}
+
+type aloneBound struct{ netns.Bound }
+
+func (b aloneBound) Listen(ctx context.Context) (netns.Listener, error) {
+	l, err := b.Bound.Listen(ctx)
+	return aloneListener{l}, err
+}
+
+type aloneListener struct{ netns.Listener }
+
+func (aloneListener) Others() (int, error) { return 0, nil }
+func (aloneListener) Yield() (bool, error) { return false, nil }
+
+// Beside Cilium's agent, pods wait for the next proxy. The own listener does not:
+// the next proxy has its port only when this one has left it.
+func TestShared_OwnListenerWaitsForNobody(t *testing.T) {
+	s := newOnNode(t, longDeadline, "POD_NAME=ztunnel-x", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=ztunnel")
+	cfg := s.node.cfg
+	cfg.Inpod.UDS = "/var/run/cilium/nobody-listens-here.sock"
+	parts, logs := directParts(t, aloneOnPort{s.fabric.Host(sharedNode).Proxy()}, s.root)
+	parts.pods = s.pods.platform()
+	n, err := newNode(cfg, parts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if wait := handOver(cfg); wait < 2*soon {
+		t.Fatalf("pods wait for %v only", wait)
+	}
+	s.node = &running{node: n, logs: logs, done: make(chan struct{})}
+	s.start()
+	self := n.data.(*shared).self
+	s.eventually(func() error {
+		if !self.InboundAddr().IsValid() {
+			return errors.New("the own listener is not there")
+		}
+		return nil
+	})
+	s.node.stop()
+	s.node.within(t, soon)
 }
 
 // LC-06 in shared mode (decision D14): on a shared host network, ports of the process that another one
