@@ -188,6 +188,28 @@ func TestDrainBeforeRun(t *testing.T) {
 	})
 }
 
+// An audit that does not get on, in a namespace that answers nothing, keeps no pod
+// from draining.
+func TestDrainWhileTheAuditIsStuck(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, c := start(t)
+		w.knows("a", "10.0.0.1")
+		n := w.namespace("1")
+		n.stuck = make(chan struct{})
+		accept(t, c.add("a", w.ns("1")))
+		time.Sleep(auditSoon)
+		w.m.Drain()
+		synctest.Wait()
+		select {
+		case <-w.last("a").drained:
+		default:
+			t.Error("the pod does not drain")
+		}
+		close(n.stuck)
+		<-w.ended
+	})
+}
+
 // A drain that begins while a proxy is being made.
 func TestDrainWhileAProxyIsMade(t *testing.T) {
 	bubble(t, func(t *testing.T) {

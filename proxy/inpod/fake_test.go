@@ -150,11 +150,18 @@ type fakeNamespace struct {
 	mu    sync.Mutex
 	addrs []netip.Addr
 	dead  bool
-	err   error // of Addresses
-	bind  error // of every Bind in it
+	err   error         // of Addresses
+	bind  error         // of every Bind in it
+	stuck chan struct{} // Addresses waits for its end; nil: it does not
 }
 
 func (n *fakeNamespace) Addresses() ([]netip.Addr, error) {
+	n.mu.Lock()
+	stuck := n.stuck
+	n.mu.Unlock()
+	if stuck != nil {
+		<-stuck
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.addrs, n.err

@@ -100,12 +100,12 @@ func (m *Manager) Run(ctx context.Context) error {
 	parts.Go(func() { m.audit(zds) })
 	err := m.follow(zds, pods) // the connection is closed when it returns
 	leave(nil)
-	parts.Wait()
 	if err != nil {
 		cut(err)
 	} else if ctx.Err() == nil {
-		m.drainPods()
+		m.drainPods() // whatever the audit is waiting for
 	}
+	parts.Wait()
 	m.running.Wait()
 	if err != nil {
 		return err

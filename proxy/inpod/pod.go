@@ -264,8 +264,8 @@ func (p *pod) bind(ctx context.Context, restart context.CancelCauseFunc, listen 
 		if err != nil {
 			return err
 		}
-		if !p.takes(made, restart) {
-			return errDraining
+		if err := p.takes(made, restart); err != nil {
+			return err
 		}
 		proxy = made
 		return p.visit(ctx, what, func(ctx context.Context) error {
@@ -303,15 +303,27 @@ func (p *pod) enters(network Namespace) {
 	p.network = network
 }
 
-// takes makes proxy that of the pod, unless the drain has begun.
-func (p *pod) takes(proxy Proxy, restart context.CancelCauseFunc) bool {
+// takes makes proxy that of the pod, unless the drain has begun or the namespace
+// is another pod's: listeners of both would share its ports, and what is one pod's
+// would be done in the name of the other. One that is known not to be the pod of
+// its workload gives way.
+func (p *pod) takes(proxy Proxy, restart context.CancelCauseFunc) error {
 	p.m.mu.Lock()
 	defer p.m.mu.Unlock()
 	if p.m.drained {
-		return false
+		return errDraining
+	}
+	for _, other := range p.m.pods {
+		if other == p || other.id != p.id || other.proxy == nil {
+			continue
+		}
+		if other.mismatch == nil || p.mismatch != nil {
+			return fmt.Errorf("its network namespace is that of pod %s/%s with UID %q", other.about.Namespace, other.about.Name, other.about.UID)
+		}
+		other.restart(&restartError{fmt.Errorf("its network namespace is now that of pod %s/%s with UID %q", p.about.Namespace, p.about.Name, p.about.UID)})
 	}
 	p.proxy, p.restart = proxy, restart
-	return true
+	return nil
 }
 
 // bound says that the proxy has its ports, and waits.
