@@ -202,13 +202,18 @@ func (p *pod) serve(ctx context.Context) error {
 
 // claim makes the namespace that of p. Two pods in one namespace would share their
 // ports, and each would carry connections of the other under its own identity: the
-// second one is not served. One that is on its way out has no claim.
+// second one is not served. One that is on its way out has no claim, and one that is
+// known not to be the pod of its workload gives way.
 func (p *pod) claim() error {
 	m := p.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if other := m.claims[p.id]; other != nil && other != p && m.pods[other.about.UID] == other {
-		return fmt.Errorf("its network namespace is that of pod %s/%s, UID %s", other.about.Namespace, other.about.Name, other.about.UID)
+		err := fmt.Errorf("its network namespace is that of pod %s/%s, UID %s", other.about.Namespace, other.about.Name, other.about.UID)
+		if other.mismatch == nil || other.restart == nil || p.mismatch != nil {
+			return err
+		}
+		other.restart(&restartError{errors.New("another pod has its network namespace")})
 	}
 	m.claims[p.id] = p
 	return nil
@@ -264,8 +269,8 @@ func (p *pod) bind(ctx context.Context, restart context.CancelCauseFunc, listen 
 		if err != nil {
 			return err
 		}
-		if err := p.takes(made, restart); err != nil {
-			return err
+		if !p.takes(made, restart) {
+			return errDraining
 		}
 		proxy = made
 		return p.visit(ctx, what, func(ctx context.Context) error {
@@ -303,27 +308,15 @@ func (p *pod) enters(network Namespace) {
 	p.network = network
 }
 
-// takes makes proxy that of the pod, unless the drain has begun or the namespace
-// is another pod's: listeners of both would share its ports, and what is one pod's
-// would be done in the name of the other. One that is known not to be the pod of
-// its workload gives way.
-func (p *pod) takes(proxy Proxy, restart context.CancelCauseFunc) error {
+// takes makes proxy that of the pod, unless the drain has begun.
+func (p *pod) takes(proxy Proxy, restart context.CancelCauseFunc) bool {
 	p.m.mu.Lock()
 	defer p.m.mu.Unlock()
 	if p.m.drained {
-		return errDraining
-	}
-	for _, other := range p.m.pods {
-		if other == p || other.id != p.id || other.proxy == nil {
-			continue
-		}
-		if other.mismatch == nil || p.mismatch != nil {
-			return fmt.Errorf("its network namespace is that of pod %s/%s with UID %q", other.about.Namespace, other.about.Name, other.about.UID)
-		}
-		other.restart(&restartError{fmt.Errorf("its network namespace is now that of pod %s/%s with UID %q", p.about.Namespace, p.about.Name, p.about.UID)})
+		return false
 	}
 	p.proxy, p.restart = proxy, restart
-	return nil
+	return true
 }
 
 // bound says that the proxy has its ports, and waits.
