@@ -88,6 +88,10 @@ type Config struct {
 	// Prefetch acquires the certificate when Run begins, if need be before the
 	// store knows the local workload.
 	Prefetch bool
+	// PrefetchAfter, until it is closed, leaves it to connections to acquire the
+	// certificate, whatever Prefetch says: signing must not keep the other pods of a
+	// node from being served. Nil: it is closed.
+	PrefetchAfter <-chan struct{}
 	// HandOver is how long Drain waits, accepting, for another process to listen
 	// on the port of InboundAddr (decision D14: there the next proxy starts only
 	// when this one has been told to stop). 0: it does not wait.

@@ -242,6 +242,26 @@ func TestPrefetch(t *testing.T) {
 	})
 }
 
+// Nobody is asked for a certificate before there is time, but for a connection.
+func TestPrefetchAfter(t *testing.T) {
+	inMesh(t, func(t *testing.T, m *mesh) {
+		settled := make(chan struct{})
+		after := withConfig(func(c *Config) { c.PrefetchAfter = settled })
+		busy, wantBusy := m.prefetching("busy", "10.0.1.2", after)
+		_, wantIdle := m.prefetching("idle", "10.0.2.2", after)
+		wantBusy()
+		wantIdle()
+		m.push() // a change of the state is no reason
+		wantIdle()
+		_, _ = busy.proxy.svid(t.Context(), mustLocal(t, busy)) // the provider is asked, and issues nothing
+		wantBusy("/ns/default/sa/busy")
+		wantIdle()
+		close(settled)
+		wantBusy("/ns/default/sa/busy")
+		wantIdle("/ns/default/sa/idle")
+	})
+}
+
 // A workload that is not captured is not asked for, until a connection needs it
 // (spec/state-xds-dns.md §4.2).
 func TestPrefetchOfUncaptured(t *testing.T) {

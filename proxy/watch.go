@@ -24,12 +24,15 @@ type watched struct {
 // nothing new compares pointers. spawn runs what takes longer.
 func (p *Proxy) watch(ctx context.Context, spawn func(func())) {
 	var w watched
-	draining := p.draining
+	draining, unhurried := p.draining, p.cfg.PrefetchAfter
 	for {
 		// The channels before the look, so that no change is lost.
 		changed, policiesChanged, revoked := p.cfg.Store.Changed(), p.cfg.Store.PoliciesChanged(), p.cfg.CRLs.Changed()
 		local, known := p.cfg.Store.Local(p.cfg.Local)
-		p.followLease(&w, local, known)
+		if unhurried == nil || isClosed(unhurried) {
+			unhurried = nil
+			p.followLease(&w, local, known)
+		}
 		renewed := p.followTrust(ctx, &w)
 		if known && local != w.local {
 			w.local, w.policies = local, nil // its policy list may be another one
@@ -45,6 +48,7 @@ func (p *Proxy) watch(ctx context.Context, spawn func(func())) {
 		case <-policiesChanged:
 		case <-revoked:
 		case <-renewed:
+		case <-unhurried:
 		case <-draining:
 			draining = nil
 			spawn(func() { p.drain(ctx) })

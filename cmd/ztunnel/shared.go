@@ -62,6 +62,7 @@ func (n *node) newShared(common proxy.Config, parts nodeParts) (dataPath, error)
 // by value or by reference, but never copied: there may be hundreds.
 func newPodProxy(common proxy.Config, p inpod.Pod) (inpod.Proxy, error) {
 	common.Network, common.Local, common.PodUID, common.Verify = p.Network, p.Ref(), p.UID, p.Verify
+	common.PrefetchAfter = p.Settled
 	made, err := proxy.New(common)
 	if err != nil {
 		return nil, err // not a nil *Proxy in an interface

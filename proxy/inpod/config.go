@@ -67,6 +67,9 @@ type Pod struct {
 	// safe for concurrent use. A proxy asks before it uses the identity of the
 	// workload.
 	Verify func(context.Context, *state.Workload) error
+	// Settled is closed when the node has been ready for the first time: what can
+	// wait must not take the time of pods that nobody serves yet.
+	Settled <-chan struct{}
 }
 
 // Ref is by what the state finds the pod.

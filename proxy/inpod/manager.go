@@ -41,12 +41,14 @@ type Manager struct {
 
 	opened   chan struct{} // closed by Open
 	draining chan struct{} // closed by Drain
+	settled  chan struct{} // closed when Config.Ready was first told that it is ready
 	look     chan struct{} // one slot: the audit is to look now
 	starts   *starts
 	running  sync.WaitGroup // a goroutine for each pod
 
-	reporting sync.Mutex // serialises the calls of Config.Ready; guards reported
-	reported  *string
+	reporting  sync.Mutex // serialises the calls of Config.Ready; guards the next two
+	reported   *string
+	hasSettled bool // settled is closed
 
 	mu      sync.Mutex // guards what follows, and what pod says
 	open    bool
@@ -67,6 +69,7 @@ func New(cfg Config) (*Manager, error) {
 		log:      cfg.Logger.With("component", "inpod"),
 		opened:   make(chan struct{}),
 		draining: make(chan struct{}),
+		settled:  make(chan struct{}),
 		look:     make(chan struct{}, 1),
 		starts:   newStarts(min(max(2, runtime.GOMAXPROCS(0)), 8)),
 		pods:     map[string]*pod{},

@@ -31,8 +31,14 @@ func TestReadinessHasReasons(t *testing.T) {
 		accept(t, c.sent())
 		w.wantReady("waiting for the first answer of the control plane")
 		w.wantStates("a starting")
+		if settled := w.last("a").pod.Settled; isClosed(settled) {
+			t.Error("settled before the node is ready")
+		}
 		w.m.Open()
 		w.wantReady("")
+		if settled := w.last("a").pod.Settled; !isClosed(settled) {
+			t.Error("ready, and not settled")
+		}
 		w.wantStates("a active")
 		accept(t, c.add("b", w.ns("2")), c.del("a"))
 		w.wantReady("")
@@ -402,4 +408,13 @@ func TestStartsGoOnOneByOne(t *testing.T) {
 			s.begin(ctx) // does not wait, whether it gets its turn or not
 		}
 	})
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }

@@ -87,7 +87,7 @@ func (m *Manager) add(ctx context.Context, add *zdspb.AddWorkload, ns *os.File) 
 	}
 	p := &pod{
 		m: m, ns: ns, id: id, added: time.Now(), done: make(chan struct{}), result: make(chan error, 1),
-		about: Pod{UID: add.GetUid(), Name: info.GetName(), Namespace: info.GetNamespace(), ServiceAccount: info.GetServiceAccount()},
+		about: Pod{UID: add.GetUid(), Name: info.GetName(), Namespace: info.GetNamespace(), ServiceAccount: info.GetServiceAccount(), Settled: m.settled},
 	}
 	p.log = m.log.With("uid", p.about.UID, "pod", p.about.Namespace+"/"+p.about.Name)
 	pods, cut := context.WithCancelCause(ctx)

@@ -128,6 +128,10 @@ func (m *Manager) evaluate() {
 	if m.reported == nil || *m.reported != why {
 		m.reported = &why
 		m.cfg.Ready(why)
+		if why == "" && !m.hasSettled {
+			m.hasSettled = true
+			close(m.settled)
+		}
 	}
 }
 
