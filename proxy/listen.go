@@ -218,14 +218,26 @@ func (p *Proxy) close() {
 	}
 }
 
-// Check tells whether every listener still listens: anyone with power over the
-// pod's namespace can destroy its sockets. It is nil before Listen and after
-// Drain.
+// Check tells whether every listener still listens, and alone but for other
+// proxies: anyone with power over the pod's namespace can destroy its sockets, and
+// a program of our user can share its ports, of which the error wraps
+// [netns.ErrShared]. It is nil before Listen and after Drain.
 func (p *Proxy) Check() error {
 	var gone []error
 	for _, o := range p.listening() {
-		if l, ok := o.ln.(netns.Checker); ok && !l.Listening() {
+		l, ok := o.ln.(netns.Checker)
+		if !ok {
+			continue
+		}
+		if !l.Listening() {
 			gone = append(gone, fmt.Errorf("%s listener: the socket at %s listens no more", o.component, o.ln.Addr()))
+			continue
+		}
+		switch who, err := l.Sharer(); {
+		case err != nil: // seen the next time
+			p.log.Debug("cannot look for others on a port", "component", o.component, "error", err.Error())
+		case who != "":
+			gone = append(gone, fmt.Errorf("%s listener: %w: %s at %s", o.component, netns.ErrShared, who, o.ln.Addr()))
 		}
 	}
 	if p.dns != nil {

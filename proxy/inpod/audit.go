@@ -2,11 +2,13 @@ package inpod
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
 
 	"github.com/ztunnel-go/ztunnel/internal/backoff"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
 )
 
@@ -72,11 +74,11 @@ func (m *Manager) auditPods(ctx context.Context, all bool) (again bool) {
 		if p.auditAddresses(ctx, w, all) {
 			again = true
 		}
-		if all {
+		if all || p.isNew() {
 			p.auditListeners()
-			if !known {
-				p.auditNamespace(ctx)
-			}
+		}
+		if all && !known {
+			p.auditNamespace(ctx)
 		}
 	}
 	return again
@@ -101,9 +103,9 @@ func (p *pod) auditAddresses(ctx context.Context, w *state.Workload, all bool) b
 	p.checked, p.checkedAt, p.mismatch = w, time.Now(), err
 	if err != nil && before == nil {
 		p.mismatched = time.Now()
-		if p.proxy != nil && !p.m.drained { // it may act with the identity already
-			p.restart(&restartError{err})
-		}
+	}
+	if isMismatch(err) && !isMismatch(before) && p.proxy != nil && !p.m.drained { // it may act with the identity already
+		p.restart(&restartError{err})
 	}
 	p.m.mu.Unlock()
 	switch {
@@ -129,10 +131,29 @@ func verify(network Namespace, w *state.Workload) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("workload %s has the addresses %v, the pod's network namespace %v: it may be that of another pod", w.UID, w.IPs, have)
+	return &mismatchError{fmt.Errorf("workload %s has the addresses %v, the pod's network namespace %v: it may be that of another pod", w.UID, w.IPs, have)}
 }
 
-// auditListeners starts the proxy again if it does not listen any more.
+// mismatchError says that the workload is not the pod. Other errors say that this
+// could not be found out, for which nothing that is open has to end.
+type mismatchError struct{ error }
+
+func isMismatch(err error) bool {
+	var m *mismatchError
+	return errors.As(err, &m)
+}
+
+// isNew tells, once, that the proxy has started since the last look.
+func (p *pod) isNew() bool {
+	p.m.mu.Lock()
+	defer p.m.mu.Unlock()
+	was := p.fresh
+	p.fresh = false
+	return was
+}
+
+// auditListeners starts the proxy again if it does not listen any more. One that
+// is not alone on its ports ends: the pod has failed, until it is.
 func (p *pod) auditListeners() {
 	p.m.mu.Lock()
 	proxy := p.proxy
@@ -147,9 +168,13 @@ func (p *pod) auditListeners() {
 	}
 	p.m.mu.Lock()
 	defer p.m.mu.Unlock()
-	if p.proxy == proxy && !p.m.drained {
-		p.restart(&restartError{err})
+	if p.proxy != proxy || p.m.drained {
+		return
 	}
+	if !errors.Is(err, netns.ErrShared) {
+		err = &restartError{err}
+	}
+	p.restart(err)
 }
 
 // auditNamespace ends a pod that the state does not know and that has no network

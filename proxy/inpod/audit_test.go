@@ -3,6 +3,7 @@ package inpod
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 	"github.com/ztunnel-go/ztunnel/state"
 )
 
@@ -151,6 +153,56 @@ func TestVerifyFailsClosed(t *testing.T) {
 		if err := w.verifyLocal("a"); err == nil || !strings.Contains(err.Error(), "no such process") {
 			t.Errorf("Verify: got %v", err)
 		}
+	})
+}
+
+// That the addresses of a pod cannot be told for a moment, for want of descriptors
+// say, ends nothing that is open.
+func TestAddressesUnknownForAMoment(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, c := start(t)
+		w.knows("a", "10.0.0.7")
+		w.namespace("1").set("10.0.0.7")
+		accept(t, c.add("a", w.ns("1")), c.sent())
+		settle()
+		n := w.namespace("1")
+		n.mu.Lock()
+		n.err = errors.New("too many open files")
+		n.mu.Unlock()
+		time.Sleep(2 * auditEvery)
+		w.wantStates("a failed")
+		if cause := w.last("a").cutBy(); cause != nil {
+			t.Errorf("the proxy was cut: %v", cause)
+		}
+		w.wantCounts(1, 0, 1, 0)
+		n.mu.Lock()
+		n.err = nil
+		n.mu.Unlock()
+		time.Sleep(auditSoon + auditPause)
+		w.wantStates("a active")
+	})
+}
+
+// Fault 95: a pod whose ports another program shares is not served.
+func TestFault_095_SharedPort(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w, c := start(t)
+		w.shared = true
+		accept(t, c.add("a", w.ns("1")), c.sent())
+		settle()
+		w.wantStates("a active")
+		p := w.last("a")
+		p.mu.Lock()
+		p.broken = fmt.Errorf("inbound listener: %w: pid 7 (nginx) at [::]:15008", netns.ErrShared)
+		p.mu.Unlock()
+		time.Sleep(auditEvery + auditPause)
+		w.wantStates("a failed")
+		if got, want := w.m.Snapshot()[0].Reason, p.broken.Error(); got != want {
+			t.Errorf("reason: got %q, want %q", got, want)
+		}
+		time.Sleep(retryEvery)
+		w.wantStates("a active") // it has gone
+		w.wantReady("")
 	})
 }
 

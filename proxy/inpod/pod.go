@@ -48,6 +48,7 @@ type pod struct {
 	restart    context.CancelCauseFunc // ends proxy, for another one
 	failures   int                     // since it ran last
 	settled    bool                    // it has run, or was tried again in vain
+	fresh      bool                    // the audit has not seen that it runs
 	listed     bool                    // on this connection
 	initial    bool                    // in the snapshot of this connection
 	told       string                  // the failure that was logged last
@@ -332,7 +333,7 @@ func (p *pod) bound() {
 func (p *pod) running() {
 	p.m.cfg.Metrics.started.Inc()
 	p.m.mu.Lock()
-	p.failures, p.settled, p.told = 0, true, ""
+	p.failures, p.settled, p.fresh = 0, true, true
 	switch {
 	case p.m.pods[p.about.UID] != p: // it is to end already, as draining says
 	case p.m.drained:

@@ -94,6 +94,7 @@ type options struct {
 	ipv6           bool
 	backlog        int
 	connectTimeout time.Duration
+	holder         func(inode uint64) string  // names the process that has a socket of the namespace
 	enter          func(func() error) error   // runs a function inside the namespace; nil = we live in it
 	visited        func(context.Context) bool // tells whether the calling thread is inside already
 	// inUse adds to an error of binding who has the port; nil = nobody asks.

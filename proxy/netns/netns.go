@@ -5,6 +5,7 @@ package netns
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"time"
@@ -74,7 +75,16 @@ type Checker interface {
 	// Listening is false as soon as no connection can come any more. It does not
 	// block.
 	Listening() bool
+	// Sharer names who listens on the same port without being a proxy, "" if
+	// nobody does: a program with our user can take part in a port that is shared
+	// for the sake of our successor (SO_REUSEPORT), and gets a part of the
+	// connections. Nobody is a stranger where listeners carry no mark. It enters the
+	// namespace and blocks on nothing else.
+	Sharer() (string, error)
 }
+
+// ErrShared is wrapped by errors that tell of a Sharer.
+var ErrShared = errors.New("another program listens on the port, too")
 
 // DeadlineSetter is a Listener whose Accept can be bounded in time.
 type DeadlineSetter interface {

@@ -55,14 +55,18 @@ func (p *Pod) portOwner(protocol uint8, addr netip.AddrPort) (string, error) {
 	if inode == 0 {
 		return "", os.ErrNotExist
 	}
-	id, err := ID(p.ns)
-	if err != nil {
-		return "", err
+	return p.holder(inode), nil
+}
+
+// holder names the process that has a socket of the pod's namespace, or else the
+// socket.
+func (p *Pod) holder(inode uint64) string {
+	if id, err := ID(p.ns); err == nil {
+		if owner, ok := socketHolder(inode, id, time.Now().Add(ownerTime)); ok {
+			return owner
+		}
 	}
-	if owner, ok := socketHolder(inode, id, time.Now().Add(ownerTime)); ok {
-		return owner, nil
-	}
-	return fmt.Sprintf("the socket with inode %d", inode), nil
+	return fmt.Sprintf("the socket with inode %d", inode)
 }
 
 // overlap tells whether a socket at a is in the way of one at b.

@@ -119,6 +119,33 @@ func TestPortOwnerUnseen(t *testing.T) {
 	}
 }
 
+// Fault 95: a program of our user that takes part in a port is found out, another
+// proxy is none.
+func TestFault_095_Sharer(t *testing.T) {
+	ns := newNamespace(t)
+	const mark = 1337
+	p := newPod(t, ns, PodConfig{IPv6Enabled: true, PortReuse: true, Mark: mark})
+	addr := netip.MustParseAddrPort("[::]:15008")
+	ln := listen(t, p, addr)
+	expect := func(want string, others int) {
+		t.Helper()
+		if got, err := ln.(Checker).Sharer(); err != nil || got != want {
+			t.Errorf("Sharer: got %q, %v, want %q", got, err, want)
+		}
+		if n, err := ln.(Yielder).Others(); err != nil || n != others {
+			t.Errorf("Others: got %d, %v, want %d", n, err, others)
+		}
+	}
+	expect("", 0)
+	successor := listen(t, p, addr)
+	expect("", 1)
+	_ = successor.Close()
+	stranger := listen(t, newPod(t, ns, PodConfig{IPv6Enabled: true, PortReuse: true}), addr)
+	owner := holder(t, ns, stranger)
+	_ = stranger.Close()
+	expect(fmt.Sprintf("pid %d (sleep)", owner.Pid), 0)
+}
+
 // /proc tells nearly the same as sock_diag, for a kernel that lacks the latter.
 func TestSocketLists(t *testing.T) {
 	p := newPod(t, newNamespace(t), PodConfig{IPv6Enabled: true, PortReuse: true})
@@ -157,7 +184,7 @@ func TestSocketLists(t *testing.T) {
 		}
 		order := func(a, b socketInfo) int { return cmp.Compare(a.inode, b.inode) }
 		for i := range diag {
-			diag[i].v6only = false
+			diag[i].v6only, diag[i].marked = false, false
 		}
 		slices.SortFunc(diag, order)
 		slices.SortFunc(proc, order)

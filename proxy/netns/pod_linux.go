@@ -60,6 +60,7 @@ func NewPod(ns *os.File, cfg PodConfig) (*Pod, error) {
 		ipv6:           cfg.IPv6Enabled,
 		backlog:        cfg.Backlog,
 		connectTimeout: cfg.ConnectTimeout,
+		holder:         p.holder,
 		enter:          p.Do,
 		visited:        p.visited,
 		inUse:          p.inUse,

@@ -19,6 +19,8 @@ type socketInfo struct {
 	device uint32 // it is bound to, 0 = none
 	state  uint8  // tcpListen, ...
 	v6only bool
+	mark   uint32 // SO_MARK
+	marked bool   // mark is known
 }
 
 // States of TCP sockets (include/net/tcp_states.h).
@@ -76,6 +78,7 @@ const (
 	diagRequestSize = 56
 	diagMessageSize = 72
 	diagSKV6Only    = 11 // INET_DIAG_SKV6ONLY
+	diagMark        = 15 // INET_DIAG_MARK, told to who may set it
 )
 
 func diagRequest(family, protocol uint8, port uint16, states uint32) []byte {
@@ -153,8 +156,13 @@ func diagSocket(b []byte) (s socketInfo, ok bool) {
 		if size < unix.SizeofNlAttr || size > len(a) {
 			break
 		}
-		if native.Uint16(a[2:]) == diagSKV6Only && size > unix.SizeofNlAttr {
-			s.v6only = a[unix.SizeofNlAttr] != 0
+		switch value := a[unix.SizeofNlAttr:size]; native.Uint16(a[2:]) {
+		case diagSKV6Only:
+			s.v6only = len(value) > 0 && value[0] != 0
+		case diagMark:
+			if s.marked = len(value) == 4; s.marked {
+				s.mark = native.Uint32(value)
+			}
 		}
 		a = a[min(len(a), (size+3)&^3):]
 	}

@@ -76,3 +76,6 @@ func writeOnce(fd uintptr, p []byte) (int, error) {
 func originalDst(syscall.RawConn, netip.AddrPort) (netip.AddrPort, error) {
 	return netip.AddrPort{}, errors.ErrUnsupported
 }
+
+// Sharer implements Checker: listeners carry no mark.
+func (l *tcpListener) Sharer() (string, error) { return "", nil }

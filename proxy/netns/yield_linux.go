@@ -57,13 +57,47 @@ func (l *tcpListener) Others() (int, error) {
 	n := 0
 	err := l.here(func(fd int) error {
 		_, others, err := l.listenersOnPort(fd)
-		n = len(others)
+		for _, o := range others {
+			if !l.stranger(&o) {
+				n++
+			}
+		}
 		return err
 	})
 	if err != nil {
 		return 0, fmt.Errorf("other listeners on %v: %w", l.addr, err)
 	}
 	return n, nil
+}
+
+// stranger tells whether a listener on our port is not that of a proxy: those are
+// marked, for which it takes a right that an application has no need of.
+func (l *tcpListener) stranger(s *socketInfo) bool {
+	return l.s.opt.listenMark != 0 && s.marked && s.mark != l.s.opt.listenMark
+}
+
+// Sharer implements Checker.
+func (l *tcpListener) Sharer() (string, error) {
+	if l.s.opt.listenMark == 0 {
+		return "", nil
+	}
+	var found uint64
+	err := l.here(func(fd int) error {
+		_, others, err := l.listenersOnPort(fd)
+		if i := slices.IndexFunc(others, func(s socketInfo) bool { return l.stranger(&s) }); i >= 0 {
+			found = others[i].inode
+		}
+		return err
+	})
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("other listeners on %v: %w", l.addr, err)
+	case found == 0:
+		return "", nil
+	case l.s.opt.holder == nil:
+		return fmt.Sprintf("the socket with inode %d", found), nil
+	}
+	return l.s.opt.holder(found), nil
 }
 
 // Yield implements Yielder. It blocks for some tens of milliseconds at most.

@@ -381,6 +381,9 @@ func (l *listener) isOpen() bool {
 // SetDeadline implements netns.DeadlineSetter.
 func (l *listener) SetDeadline(t time.Time) error { return l.ln.SetDeadline(t) }
 
+// Sharer implements netns.Checker: ports are not shared.
+func (l *listener) Sharer() (string, error) { return "", nil }
+
 // Listening implements netns.Checker.
 func (l *listener) Listening() bool {
 	l.host.fabric.mu.Lock()

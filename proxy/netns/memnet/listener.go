@@ -197,6 +197,9 @@ func (l *listener) SetDeadline(t time.Time) error {
 	return nil
 }
 
+// Sharer implements netns.Checker: there are no strangers.
+func (l *listener) Sharer() (string, error) { return "", nil }
+
 // Listening implements netns.Checker.
 func (l *listener) Listening() bool {
 	l.host.net.mu.Lock()
