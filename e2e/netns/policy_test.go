@@ -229,11 +229,11 @@ func TestDP_N23_MaliciousCalls(t *testing.T) {
 		p.StartProxy(world.ProxyOptions{})
 	}
 	checkPorts(t, []portRow{
-		{"captured pod to itself", captured, captured.Addr, "RRRCCHH"},
-		{"captured pod to 127.0.0.1", captured, netip.MustParseAddr("127.0.0.1"), "RRRCHHH"},
-		{"captured pod to another captured pod", captured, other.Addr, "RRRRRHH"},
-		{"uncaptured pod to captured pod", plain, captured.Addr, "RRRRRHH"},
-		{"captured pod to uncaptured pod", captured, plain.Addr, "RRRRRRR"},
+		{"captured pod to itself", captured, captured.Addr, "RRRCCHHC"},
+		{"captured pod to 127.0.0.1", captured, netip.MustParseAddr("127.0.0.1"), "RRRCHHHR"},
+		{"captured pod to another captured pod", captured, other.Addr, "RRRRRHHR"},
+		{"uncaptured pod to captured pod", plain, captured.Addr, "RRRRRHHR"},
+		{"captured pod to uncaptured pod", captured, plain.Addr, "RRRRRRRR"},
 	})
 }
 

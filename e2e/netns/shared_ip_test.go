@@ -95,8 +95,8 @@ func checkNewNamespace(t *testing.T, m mode) {
 	world.Eventually(t, p.Ctx, 10*time.Second, func() error {
 		return exchange(p.Client, again.At(world.DoublePort), greeting, greeting+greeting)
 	})
-	p.Dest.ExpectMetric(p.Ctx, "workload_manager_proxies_started_total", nil, 2)
 	p.Dest.ExpectMetric(p.Ctx, "workload_manager_active_proxy_count", nil, 1)
+	expectPod(t, p.Dest, again, "active", "")
 }
 
 // IP-23: a pod that is not in the next snapshot is let go of, the others are not.

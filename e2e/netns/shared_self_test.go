@@ -22,28 +22,32 @@ import (
 	"github.com/ztunnel-go/ztunnel/e2e/world"
 )
 
-// N-23 in shared mode, E2-08: who reaches which port of a proxy. The letters are
-// those of the dedicated table.
-func TestDP_N23_ID_E208_MaliciousCalls(t *testing.T) {
-	t.Parallel()
+// N-23 in shared mode, E2-08, and faults row 87: who reaches which port of a proxy.
+// The letters are those of the dedicated table.
+func TestDP_N23_ID_E208_MaliciousCalls(t *testing.T) { in(t, sharedModes, checkMaliciousCalls) }
+
+func checkMaliciousCalls(t *testing.T, m mode) {
 	w := world.New(t)
 	captured, other, plain := w.AddPod("captured", 1), w.AddPod("other", 2), w.AddPod("plain", 1)
 	for _, p := range []*world.Pod{captured, other} {
-		p.Redirect()
-		p.StartProxy(shared.proxy)
+		p.RedirectBy(m.rules)
+		p.StartProxy(m.proxy)
 	}
 	w.WriteConfig()
-	home := captured.Node.Proxy().Pod
+	home, resolver, own := captured.Node.Proxy().Pod, "R", "R"
+	if m.proxy.HostNetwork { // no DNS proxy in the pods, no HBONE for the node itself
+		resolver, own = "C", "C"
+	}
 	checkPorts(t, []portRow{
-		{"captured pod to the proxy's pod", captured, home.Addr, "RRRRRHH"},
-		{"captured pod to the proxy's pod, IPv6", captured, home.Addr6, "RRRRRHH"},
-		{"captured pod to itself", captured, captured.Addr, "RRRCCCC"},
-		{"captured pod to itself, IPv6", captured, captured.Addr6, "RRRCCCC"},
-		{"captured pod to 127.0.0.1", captured, netip.MustParseAddr("127.0.0.1"), "RRRCCCC"},
-		{"captured pod to ::1", captured, netip.IPv6Loopback(), "RRRCCCC"},
-		{"captured pod to another captured pod", captured, other.Addr, "RRRRRRR"},
-		{"uncaptured pod to the proxy's pod", plain, home.Addr, "CCRCCHH"},
-		{"uncaptured pod to captured pod", plain, captured.Addr, "RRRRRRR"},
+		{"captured pod to where the proxy is", captured, home.Addr, "RRRRRHHR"},
+		{"captured pod to where the proxy is, IPv6", captured, home.Addr6, "RRRRRHHR"},
+		{"captured pod to itself", captured, captured.Addr, "RRRCCCCC"},
+		{"captured pod to itself, IPv6", captured, captured.Addr6, "RRRCCCCC"},
+		{"captured pod to 127.0.0.1", captured, netip.MustParseAddr("127.0.0.1"), "RRRCCCC" + resolver},
+		{"captured pod to ::1", captured, netip.IPv6Loopback(), "RRRCCCC" + resolver},
+		{"captured pod to another captured pod", captured, other.Addr, "RRRRRRRR"},
+		{"uncaptured pod to where the proxy is", plain, home.Addr, "CC" + own + "CCHHC"},
+		{"uncaptured pod to captured pod", plain, captured.Addr, "RRRRRRRR"},
 	})
 	// None of it was a loop.
 	if n, err := captured.Node.Proxy().Metric("istio_tcp_connections_opened_total", nil); err != nil || n > 200 {
@@ -62,7 +66,7 @@ type portRow struct {
 // checkPorts tries the ports of the table: C = connecting fails, R = connects but
 // nothing comes back, H = an HTTP server answers 400 to nonsense.
 func checkPorts(t *testing.T, rows []portRow) {
-	ports := []uint16{15001, 15006, 15008, 15080, 15000, 15020, 15021}
+	ports := []uint16{15001, 15006, 15008, 15080, 15000, 15020, 15021, 15053}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			got := make([]byte, len(ports))

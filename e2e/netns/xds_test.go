@@ -41,7 +41,11 @@ const soon = time.Second
 
 // A policy that is pushed ends a live connection within a second, and new ones
 // work within a second of its removal.
-func TestXDS_PolicyPush(t *testing.T) { checkPolicyPush(t, bothXDS()) }
+func TestXDS_PolicyPush(t *testing.T) {
+	for _, m := range []mode{dedicated, shared} {
+		t.Run(m.name, func(t *testing.T) { checkPolicyPush(t, m.pair(bothXDS())) })
+	}
+}
 
 func checkPolicyPush(t *testing.T, o world.PairOptions) {
 	p := newPair(t, o)
@@ -215,15 +219,18 @@ func TestXDS_BadResource(t *testing.T) {
 }
 
 // Cilium's agent: addresses without versions and without a full set of names,
-// one empty answer about policies and then silence; by a unix socket.
-func TestXDS_Cilium(t *testing.T) {
-	o := bothXDS()
+// one empty answer about policies and then silence; by a unix socket. In shared
+// mode it is also what names the pods, by the same UIDs.
+func TestXDS_Cilium(t *testing.T) { in(t, []mode{dedicated, cilium}, checkCilium) }
+
+func checkCilium(t *testing.T, m mode) {
+	o := m.pair(bothXDS())
 	o.Personality, o.XDSSocket = xdstest.Cilium, true
 	p := newPair(t, o)
 	p.checkExchange()
 	late := p.AddPod("late", 2)
 	late.StartApp()
-	late.Redirect()
+	late.RedirectBy(m.rules)
 	p.PublishPods()
 	late.StartProxy(o.Dest)
 	p.Client.Exchange(late.At(world.DoublePort), greeting, greeting+greeting)

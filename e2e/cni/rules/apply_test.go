@@ -6,6 +6,7 @@ import (
 	"context"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -16,13 +17,19 @@ import (
 	"github.com/ztunnel-go/ztunnel/e2e/netlab"
 )
 
+// skip skips, except where that would hide that the test never runs.
+func skip(t *testing.T, why string) {
+	t.Helper()
+	if os.Getenv("CI") != "" || os.Getenv("ZTUNNEL_REQUIRE_ROOT") == "1" {
+		t.Fatal(why + ", and CI or ZTUNNEL_REQUIRE_ROOT=1 forbids to skip")
+	}
+	t.Skip(why)
+}
+
 func newNamespace(t *testing.T, name string) (context.Context, *netlab.Namespace) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" || os.Getenv("ZTUNNEL_REQUIRE_ROOT") == "1" {
-			t.Fatal("needs root, and CI or ZTUNNEL_REQUIRE_ROOT=1 forbids to skip")
-		}
-		t.Skip("needs root")
+		skip(t, "needs root")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
@@ -98,6 +105,31 @@ func TestApplyAndRemove(t *testing.T) {
 		}
 		if d := cmp.Diff(before, state(t, ctx, n)); d != "" {
 			t.Errorf("after removal (-before +after):\n%s", d)
+		}
+	}
+}
+
+// Rules that were set with the other iptables of the machine are removed, too.
+func TestRemove_Legacy(t *testing.T) {
+	ctx, n := newNamespace(t, "legacy")
+	for _, f := range []family{ipv4, ipv6} {
+		if _, err := exec.LookPath(f.program + "-legacy-restore"); err != nil {
+			skip(t, "needs "+f.program+"-legacy-restore")
+		}
+		if err := f.change(ctx, n.File, "-legacy", Config{DNS: true}.tables(f)); err != nil {
+			t.Fatal(err)
+		}
+		saved, err := Run(ctx, n.File, "", f.program+"-legacy-save")
+		if err != nil || !strings.Contains(saved, "-A OUTPUT -j ISTIO_OUTPUT") {
+			t.Fatalf("rules of %s-legacy: got %q, %v", f.program, saved, err)
+		}
+	}
+	if err := Remove(ctx, n.File); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []family{ipv4, ipv6} {
+		if saved, err := Run(ctx, n.File, "", f.program+"-legacy-save"); err != nil || strings.Contains(saved, "ISTIO") {
+			t.Errorf("after removal %s-legacy has %q, %v", f.program, saved, err)
 		}
 	}
 }
