@@ -84,10 +84,14 @@ func failure(q *query, reply []byte) error {
 func (s *Server) refused(ctx context.Context, q *query, source *state.Workload) {
 	s.cfg.Metrics.asked(q, source)
 	s.cfg.Metrics.forwarded(q, source, 0, true)
-	s.floods.warn(ctx, s.log, "DNS queries are refused: more are waiting for an answer than are allowed")
+	s.flooded(ctx)
 	if source != nil {
 		s.trace(ctx, q, source, "forwarding failed", 0, errTooMany)
 	}
+}
+
+func (s *Server) flooded(ctx context.Context) {
+	s.floods.warn(ctx, s.log, "DNS queries are refused: more are waiting for an answer than are allowed")
 }
 
 // The names that are answered by what they are (RFC 6761 §6.3), and not by

@@ -142,6 +142,25 @@ func TestFault_125_MalformedMessages(t *testing.T) {
 	}
 }
 
+// A chain of pointers is cut short: thousands of records that lead into a long one
+// would cost as many steps each.
+func TestFault_125_PointerChain(t *testing.T) {
+	for _, c := range []struct {
+		pointers int
+		ok       bool
+	}{{maxPointers, true}, {maxPointers + 1, false}} {
+		msg := join(head(recursive), "\x00")
+		for to := len(msg) - 1; c.pointers > 0; c.pointers-- {
+			next := len(msg)
+			msg = binary.BigEndian.AppendUint16(msg, 0xc000|uint16(to))
+			to = next
+		}
+		if _, err := skipName(msg, len(msg)-2); (err == nil) != c.ok {
+			t.Errorf("%d bytes: %v", len(msg), err)
+		}
+	}
+}
+
 // spy lets the nameserver answer everything with its own bytes, and returns what it
 // got since the last call.
 func (n *internet) spy(t testing.TB) func() [][]byte {

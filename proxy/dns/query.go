@@ -11,6 +11,7 @@ const (
 	plainDatagram = 512   // what fits a datagram for a client without EDNS (RFC 1035 §4.2.1)
 	maxDatagram   = 65507 // what fits any
 	maxWireName   = 255   // RFC 1035 §2.3.4
+	maxPointers   = 127   // of one name: the labels of the longest have a length and a letter each
 	recordHeader  = 10    // of a record, after its name
 )
 
@@ -122,10 +123,12 @@ func parseRecord(msg []byte, off int) (record, error) {
 }
 
 // skipName returns where a name ends. Pointers of compression lead back only, and
-// what they lead to is a name, too.
+// what they lead to is a name, too. There are no more of them than a name has labels:
+// a chain that leads to the next pointer only would cost thousands of steps for every
+// record that names it.
 func skipName(msg []byte, off int) (end int, err error) {
 	const pointer = 0xc0
-	size := 1
+	size, pointers := 1, 0
 	limit := off // a pointer leads to before this
 	for {
 		if off >= len(msg) {
@@ -144,7 +147,7 @@ func skipName(msg []byte, off int) (end int, err error) {
 			}
 		case c >= pointer && off+1 < len(msg):
 			to := (c&^pointer)<<8 | int(msg[off+1])
-			if to >= limit || to < headerLen {
+			if pointers++; pointers > maxPointers || to >= limit || to < headerLen {
 				return 0, errMalformed
 			}
 			if end == 0 {

@@ -159,11 +159,13 @@ type stream struct {
 	writer  sync.WaitGroup
 }
 
-// queued is an answer that waits for its turn.
+// queued is an answer that waits for its turn. As long as it does it takes the room
+// of a query that waits, found or not: answers that nobody reads are memory, too.
 type queued struct {
 	msg  []byte        // with its length in front, or the rest of it; nil: there is none
 	find func() []byte // finds the answer; nil: there is one
 	done chan struct{} // closed when find has
+	room bool          // to be released
 }
 
 // serveConn reads the queries of a connection and closes it.
@@ -189,10 +191,8 @@ func (s *Server) serveConn(ctx, ended context.Context, ln *listener, c netns.Con
 			cancel()
 			return
 		}
-		if q != nil && !st.put(ctx, cancel, q) {
-			if q.find != nil {
-				s.release()
-			}
+		if q != nil && !s.put(ctx, cancel, st, q) {
+			s.passed(q)
 			return
 		}
 	}
@@ -236,40 +236,47 @@ func (st *stream) read() ([]byte, error) {
 }
 
 // take answers a query if that takes no time and the client takes the answer.
-// Otherwise it returns what has to wait; room is reserved for it if that is a query.
+// Otherwise it returns what has to wait. Room is reserved for it, unless it is short
+// or the rest of an answer, of which a connection has one.
 func (s *Server) take(ctx, ended context.Context, st *stream, raw []byte) (*queued, error) {
 	w := takeWork()
 	defer w.putBack()
 	reply, source, v := s.now(ended, w, raw, overTCP)
-	switch {
-	case v == dropped:
+	if v == dropped {
 		return nil, nil
-	case v == awaited && s.reserve():
-		return &queued{done: make(chan struct{}), find: func() []byte {
-			defer s.release()
+	}
+	inTurn := st.waiting.Load() == 0
+	needed := v == awaited || !inTurn && len(reply) > plainDatagram
+	room := needed && s.reserve()
+	switch {
+	case v == awaited && room:
+		return &queued{room: true, done: make(chan struct{}), find: func() []byte {
 			return s.later(ctx, raw, overTCP, source)
 		}}, nil
 	case v == awaited:
 		s.refused(ctx, &w.query, source)
 		reply = w.query.refuse(w.out[2:], dns.RcodeServerFailure)
+	case needed && !room:
+		s.flooded(ctx)
+		reply = w.query.refuse(w.out[2:], dns.RcodeServerFailure)
 	}
 	binary.BigEndian.PutUint16(w.out[:], uint16(len(reply)))
 	msg := w.out[:2+len(reply)]
-	if st.waiting.Load() == 0 {
+	if inTurn {
 		n, err := st.conn.TryWrite(msg)
 		if err != nil || n == len(msg) {
 			return nil, err
 		}
 		msg = msg[n:]
 	}
-	return &queued{msg: slices.Clone(msg)}, nil
+	return &queued{msg: slices.Clone(msg), room: room}, nil
 }
 
 // put waits for room in the queue. It is false if the connection ends before.
-func (st *stream) put(ctx context.Context, cancel func(), q *queued) bool {
+func (s *Server) put(ctx context.Context, cancel func(), st *stream, q *queued) bool {
 	if st.queue == nil {
 		st.queue = make(chan *queued, maxQueued)
-		st.writer.Go(func() { st.writeQueued(cancel) })
+		st.writer.Go(func() { s.writeQueued(cancel, st) })
 	}
 	st.waiting.Add(1)
 	select {
@@ -291,7 +298,7 @@ func (q *queued) answer() {
 }
 
 // writeQueued writes answers in their turn. After an error it ends what is under way.
-func (st *stream) writeQueued(cancel func()) {
+func (s *Server) writeQueued(cancel func(), st *stream) {
 	for q := range st.queue {
 		if q.find != nil {
 			<-q.done
@@ -299,9 +306,17 @@ func (st *stream) writeQueued(cancel func()) {
 		if q.msg != nil && st.write(q.msg) != nil {
 			cancel()
 		}
+		s.passed(q)
 		if st.waiting.Add(-1) == 0 {
 			st.patience()
 		}
+	}
+}
+
+// passed gives back the room of an answer that waits no more.
+func (s *Server) passed(q *queued) {
+	if q.room {
+		s.release()
 	}
 }
 

@@ -26,7 +26,9 @@ func inTCP(t *testing.T, cfg ServerConfig, f func(t *testing.T, n *internet, p *
 				r.answer(t, dns.RcodeSuccess, r.name()+" 60 IN A 192.0.2.1")
 			}()
 		})
-		cfg.Store = fixture(t)
+		if cfg.Store == nil {
+			cfg.Store = fixture(t)
+		}
 		f(t, n, n.newPod(t, cfg))
 		time.Sleep(time.Minute) // until the nameserver has no more to say
 	})
@@ -198,6 +200,43 @@ func TestStreamNotRead(t *testing.T) {
 		synctest.Wait()
 		equals(t, float64(p.server.cfg.Limits.conns.taken.Load()), 0)
 	})
+}
+
+// Long answers that wait for their turn, found or not, are counted: what a client
+// makes us keep without reading is bounded for the pod, not for each connection.
+func TestStreamMemory(t *testing.T) {
+	const behind = 20 // answers, of one connection
+	for name, asked := range map[string]string{"forwarded": "slow.0.example.", "local": "large.com."} {
+		t.Run(name, func(t *testing.T) {
+			inTCP(t, ServerConfig{Store: large(t, "large.com")}, func(t *testing.T, n *internet, p *pod) {
+				var clients []*stub
+				for range 2 + maxPending/(1+behind) {
+					c := p.dial(t)
+					defer c.Close()
+					clients = append(clients, c)
+					c.ask(t, "slow.3.example.")
+					synctest.Wait()
+					for range behind {
+						c.ask(t, asked)
+					}
+					synctest.Wait()
+				}
+				equals(t, float64(p.server.pending.taken.Load()), maxPending)
+				if got := p.log.count("DNS queries are refused"); got != 1 {
+					t.Errorf("%d warnings, want 1", got)
+				}
+				if got := clients[0].names(t, 1+behind); got[behind] != asked {
+					t.Errorf("got %q, want all answers", got)
+				}
+				for _, c := range clients[1:] {
+					c.names(t, 1+behind)
+				}
+				synctest.Wait()
+				equals(t, float64(p.server.pending.taken.Load()), 0)
+				equals(t, float64(p.server.cfg.Limits.pending.taken.Load()), 0)
+			})
+		})
+	}
 }
 
 // One pod has so many connections; more wait for their turn. When all pods have as
