@@ -65,7 +65,20 @@ func (s *Server) exchange(ctx context.Context, q *query) ([]byte, error) {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, maxFlight, errNoAnswer)
 	defer cancel()
-	return s.upstream.exchanger.exchange(ctx, conf, asking{msg: q.raw, partial: q.proto == overUDP})
+	reply, err := s.upstream.exchanger.exchange(ctx, conf, asking{msg: q.raw, partial: q.proto == overUDP})
+	if err != nil {
+		s.unreached(ctx, conf, err)
+	}
+	return reply, err
+}
+
+// unreached tells of nameservers that can't be meant: on a loopback address there is
+// the pod itself, not the host whose resolv.conf we have.
+func (s *Server) unreached(ctx context.Context, conf *resolvConf, err error) {
+	if i := slices.IndexFunc(conf.nameservers, netip.Addr.IsLoopback); i >= 0 {
+		s.lonely.warn(ctx, s.log, "no nameserver answers, and one is a loopback address, which in the network namespace of a pod is the pod's own: "+
+			"name one in resolv.conf that pods reach", "nameserver", conf.nameservers[i], "error", err.Error())
+	}
 }
 
 // failure is why the answer of a nameserver counts as a failure: it does as soon as

@@ -373,3 +373,22 @@ func TestSelfCapture(t *testing.T) {
 		})
 	}
 }
+
+// A nameserver on a loopback address is that of the host, which is not in the pod's
+// network namespace: who looks for the reason finds it in the log, once.
+func TestLoopbackNameserver(t *testing.T) {
+	for conf, want := range map[string]int{"nameserver 127.0.0.53\n": 1, "nameserver 10.0.0.99\noptions timeout:1 attempts:1\n": 0} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newInternet(t, conf, nil)
+			p := n.newPod(t, ServerConfig{Store: fixture(t)})
+			for range 2 {
+				if reply := p.ask(t, "tcp", query1("www.bing.com.", dns.TypeA)); reply.Rcode != dns.RcodeServerFailure {
+					t.Errorf("%q: got %v, want SERVFAIL", conf, reply)
+				}
+			}
+			if got := p.log.count("one is a loopback address"); got != want {
+				t.Errorf("%q: %d warnings, want %d", conf, got, want)
+			}
+		})
+	}
+}

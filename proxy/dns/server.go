@@ -87,6 +87,7 @@ type Server struct {
 	pending                  slots         // queries that wait
 	conns                    chan struct{} // one for each TCP connection
 	floods, loops, strangers seldom
+	lonely                   seldom
 	search                   atomic.Pointer[searchList]
 
 	mu        sync.Mutex // guards the rest
