@@ -30,7 +30,7 @@ func withDNS(t *testing.T) func(*Config) {
 	conf := filepath.Join(t.TempDir(), "resolv.conf")
 	return func(c *Config) {
 		c.DNS = &dns.ServerConfig{
-			Addrs: []netip.AddrPort{dnsListener}, Metrics: dns.NewMetrics(prometheus.NewRegistry()), ResolvConf: conf, Hosts: conf,
+			Addrs: []netip.AddrPort{dnsListener}, Metrics: dns.NewMetrics(prometheus.NewRegistry()), Files: dns.NewFiles(conf, conf, nil),
 		}
 	}
 }

@@ -146,7 +146,7 @@ func (n *node) dnsServer(resolvConf string) *dns.ServerConfig {
 		return nil
 	}
 	c := dnsConfig(n.cfg)
-	c.ResolvConf, c.Limits, c.Metrics, c.Logger = resolvConf, dns.NewLimits(0, 0), dns.NewMetrics(n.registry), n.slog
+	c.Files, c.Limits, c.Metrics, c.Logger = dns.NewFiles(resolvConf, "", n.slog), dns.NewLimits(0, 0), dns.NewMetrics(n.registry), n.slog
 	if n.cfg.Proxy.Mode == ModeShared {
 		return &c
 	}

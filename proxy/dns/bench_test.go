@@ -92,7 +92,7 @@ func serverOnLoopback(b *testing.B) netip.AddrPort {
 	s, err := NewServer(ServerConfig{
 		Store: store, Local: localOf(store, client1), Network: netns.NewHost(netns.HostConfig{}),
 		Addrs: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")}, IPv6: true,
-		Metrics: NewMetrics(prometheus.NewRegistry()), ResolvConf: filepath.Join(b.TempDir(), "none"),
+		Metrics: NewMetrics(prometheus.NewRegistry()), Files: NewFiles(filepath.Join(b.TempDir(), "none"), "", nil),
 	})
 	if err == nil {
 		err = s.Listen(b.Context())
@@ -132,52 +132,59 @@ func echoOnLoopback(b *testing.B) netip.AddrPort {
 }
 
 // BenchmarkIdleServer measures what one server holds while nobody asks: heap and
-// stacks. Before that, each has answered one query.
+// stacks. Before that, each of its sockets has answered one query.
 func BenchmarkIdleServer(b *testing.B) {
 	const servers, bound = 200, 25 << 10
-	query := packed(b, new(dns.Msg).SetQuestion("productpage.ns1.svc.cluster.local.", dns.TypeA))
 	store := fixture(b)
-	metrics, limits := NewMetrics(prometheus.NewRegistry()), NewLimits(0, 0)
-	ctx, cancel := context.WithCancel(b.Context())
-	defer cancel()
-	var running sync.WaitGroup
-	defer running.Wait()
-	defer cancel()
-	asker, err := net.ListenUDP("udp", nil)
-	if err != nil {
-		b.Fatal(err)
+	cfg := ServerConfig{
+		Store: store, Local: localOf(store, client1), Metrics: NewMetrics(prometheus.NewRegistry()), Limits: NewLimits(0, 0),
+		Files: NewFiles("", "", nil), IPv6: true,
 	}
-	defer asker.Close()
 	for b.Loop() {
+		ctx, cancel := context.WithCancel(b.Context())
+		var running sync.WaitGroup
 		before, goroutines := memory(), runtime.NumGoroutine()
-		for range servers {
-			s, err := NewServer(ServerConfig{
-				Store: store, Local: localOf(store, client1), Network: netns.NewHost(netns.HostConfig{IPv6Enabled: true}),
-				Addrs: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0"), netip.MustParseAddrPort("[::1]:0")}, IPv6: true,
-				Metrics: metrics, Limits: limits,
-			})
-			if err == nil {
-				err = s.Listen(ctx)
+		for i := range byte(servers) {
+			cfg.Addrs = cfg.Addrs[:0]
+			for _, n := range []byte{7, 8} {
+				cfg.Addrs = append(cfg.Addrs, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, n, 0, i}), proxyAddr.Port()))
 			}
-			if err != nil {
-				b.Fatal(err)
-			}
-			running.Go(func() { _ = s.Run(ctx) })
-			for _, k := range s.sockets {
-				_, err := asker.WriteToUDPAddrPort(query, k.addr)
-				if err == nil {
-					_, _, err = asker.ReadFrom(make([]byte, 512))
-				}
-				if err != nil {
-					b.Fatal(err)
-				}
-			}
+			cfg.Network = netns.NewHost(netns.HostConfig{})
+			serveOnce(ctx, b, cfg, &running)
 		}
 		each := float64(memory()-before) / servers
 		b.ReportMetric(each/1024, "KB/server")
 		b.ReportMetric(float64(runtime.NumGoroutine()-goroutines)/servers, "goroutines/server")
 		if each > bound {
 			b.Errorf("an idle server holds %.1f KB, want at most %d", each/1024, bound>>10)
+		}
+		cancel()
+		running.Wait()
+	}
+}
+
+// serveOnce runs a server and asks each of its sockets.
+func serveOnce(ctx context.Context, b *testing.B, cfg ServerConfig, running *sync.WaitGroup) {
+	s, err := NewServer(cfg)
+	if err == nil {
+		err = s.Listen(ctx)
+	}
+	if err != nil {
+		b.Fatal(err)
+	}
+	running.Go(func() { _ = s.Run(ctx) })
+	asker, err := net.ListenUDP("udp", nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer asker.Close()
+	for _, k := range s.sockets {
+		_, err := asker.WriteToUDPAddrPort(packed(b, query1("productpage.ns1.", dns.TypeA)), k.addr)
+		if err == nil {
+			_, _, err = asker.ReadFrom(make([]byte, 512))
+		}
+		if err != nil {
+			b.Fatal(err)
 		}
 	}
 }

@@ -215,7 +215,7 @@ func fuzzed(f *testing.F) (*Server, context.Context) {
 	write(f, conf, "nameserver 10.0.0.53\noptions attempts:1\n")
 	s, err := NewServer(ServerConfig{
 		Store: store, Local: localOf(store, client1), Network: n.net.Host(ourIP), Addrs: []netip.AddrPort{proxyAddr}, IPv6: true,
-		Metrics: NewMetrics(prometheus.NewRegistry()), ResolvConf: conf, Hosts: conf, Logger: slog.New(slog.NewTextHandler(io.Discard, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Metrics: NewMetrics(prometheus.NewRegistry()), Files: NewFiles(conf, conf, nil), Logger: slog.New(slog.NewTextHandler(io.Discard, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	})
 	if err != nil {
 		f.Fatal(err)

@@ -78,7 +78,7 @@ func (n *internet) podAt(t testing.TB, ip netip.Addr, cfg ServerConfig) *pod {
 		cfg.Logger = slog.New(p.log)
 	}
 	cfg.Metrics = NewMetrics(p.registry)
-	cfg.ResolvConf, cfg.Hosts = filepath.Join(n.dir, "resolv.conf"), filepath.Join(n.dir, "hosts")
+	cfg.Files = NewFiles(filepath.Join(n.dir, "resolv.conf"), filepath.Join(n.dir, "hosts"), cfg.Logger)
 	var err error
 	if p.server, err = NewServer(cfg); err != nil {
 		t.Fatal(err)

@@ -66,7 +66,7 @@ func NewResolver(cfg ResolverConfig) (*Resolver, error) {
 	}
 	log := cfg.Logger.With("component", "dns")
 	return &Resolver{
-		upstream: newUpstream(cfg.Dial, cfg.ResolvConf, cfg.Hosts, log),
+		upstream: &upstream{Files: NewFiles(cfg.ResolvConf, cfg.Hosts, cfg.Logger), exchanger: exchanger{dial: cfg.Dial}},
 		ipv6:     cfg.IPv6,
 		log:      log,
 		slots:    make(chan struct{}, maxInFlight),

@@ -123,7 +123,7 @@ func (ns *namespace) serve(t testing.TB, resolvConf string) *real {
 	r.Server, err = NewServer(ServerConfig{
 		Store: store, Local: localOf(store, client1), Network: ns.network(t, netns.PodConfig{Mark: mark, PortReuse: true}),
 		Addrs: []netip.AddrPort{proxyAddr, proxyAddr6}, IPv6: true, Metrics: NewMetrics(prometheus.NewRegistry()),
-		ResolvConf: conf, Hosts: conf, Logger: slog.New(r.log),
+		Files: NewFiles(conf, conf, nil), Logger: slog.New(r.log),
 	})
 	if err == nil {
 		err = r.Listen(t.Context())

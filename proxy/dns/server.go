@@ -52,9 +52,9 @@ type ServerConfig struct {
 	PreferredNamespace string
 	// IPv6 gives AAAA records of local names.
 	IPv6 bool
-	// ResolvConf and Hosts are the files that name the nameservers and hosts, and
-	// are followed; "" = /etc/resolv.conf and /etc/hosts of the proxy.
-	ResolvConf, Hosts string
+	// Files name the nameservers and hosts, and should be shared by all servers of the
+	// process. Nil: those of the system, read for this one.
+	Files *Files
 	// WorkloadWait bounds the wait for Local; 0 = DefaultWorkloadWait.
 	WorkloadWait time.Duration
 	// Limits is shared by all servers of the process. Nil: this one has its own.
@@ -79,16 +79,16 @@ type ServerConfig struct {
 //
 // An idle server holds its sockets and a goroutine for each, and no buffers.
 type Server struct {
-	cfg                      ServerConfig
-	log                      *slog.Logger
-	upstream                 *upstream
-	peers                    peers
-	outgoing                 outgoing
-	pending                  slots         // queries that wait
-	conns                    chan struct{} // one for each TCP connection
-	floods, loops, strangers seldom
-	lonely                   seldom
-	search                   atomic.Pointer[searchList]
+	cfg      ServerConfig
+	log      *slog.Logger
+	upstream upstream
+	peers    peers
+	outgoing outgoing
+	pending  slots         // queries that wait
+	conns    chan struct{} // one for each TCP connection
+	search   atomic.Pointer[searchList]
+
+	floods, loops, strangers, lonely seldom // of warnings
 
 	mu        sync.Mutex // guards the rest
 	bound     []netns.Bound
@@ -98,8 +98,7 @@ type Server struct {
 	drained   bool
 }
 
-// NewServer checks cfg. It opens and starts nothing. That resolv.conf is missing
-// or names no nameserver is logged and no error: the file is followed.
+// NewServer checks cfg. It opens and starts nothing.
 func NewServer(cfg ServerConfig) (*Server, error) {
 	if cfg.Store == nil || cfg.Local == nil || cfg.Network == nil || cfg.Metrics == nil {
 		return nil, errors.New("dns: Store, Local, Network and Metrics are required")
@@ -125,12 +124,15 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if cfg.Limits == nil {
 		cfg.Limits = NewLimits(0, 0)
 	}
+	if cfg.Files == nil {
+		cfg.Files = NewFiles("", "", cfg.Logger)
+	}
 	cfg.WorkloadWait = cmp.Or(cfg.WorkloadWait, DefaultWorkloadWait)
 	s := &Server{cfg: cfg, log: cfg.Logger.With("component", "dns"), conns: make(chan struct{}, maxConns)}
 	s.pending.max = maxPending
 	s.peers.network = cfg.Network
-	s.upstream = newUpstream(Over(cfg.Network), cfg.ResolvConf, cfg.Hosts, s.log)
-	s.upstream.exchanger.outgoing = &s.outgoing
+	s.upstream.Files = cfg.Files
+	s.upstream.exchanger.dial, s.upstream.exchanger.outgoing = Over(cfg.Network), &s.outgoing
 	return s, nil
 }
 

@@ -8,17 +8,23 @@ import (
 	"log/slog"
 )
 
-// upstream is what is beyond us: the nameservers of resolv.conf, and the names of
-// hosts. It is safe for concurrent use.
-type upstream struct {
-	conf      *followed[*resolvConf]
-	hosts     *followed[hosts]
-	exchanger exchanger
+// Files are resolv.conf(5) and hosts(5), which say what is beyond the mesh: both are
+// read anew when they have changed. Everything that shares them holds one copy. They
+// are safe for concurrent use.
+type Files struct {
+	conf  *followed[*resolvConf]
+	hosts *followed[hosts]
 }
 
-// newUpstream reads the two files, "" for the usual ones.
-func newUpstream(dial Dial, resolvConfFile, hostsFile string, log *slog.Logger) *upstream {
-	u := &upstream{
+// NewFiles reads the two files; "" means /etc/resolv.conf and /etc/hosts, a nil log
+// discards. That one is missing or names no nameserver is logged and no error: it is
+// followed.
+func NewFiles(resolvConfFile, hostsFile string, log *slog.Logger) *Files {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	log = log.With("component", "dns")
+	f := &Files{
 		conf: follow(cmp.Or(resolvConfFile, "/etc/resolv.conf"), log, func(text string) (*resolvConf, error) {
 			c := parseResolvConf(text)
 			if len(c.nameservers) == 0 {
@@ -26,12 +32,18 @@ func newUpstream(dial Dial, resolvConfFile, hostsFile string, log *slog.Logger) 
 			}
 			return c, nil
 		}),
-		hosts:     follow(cmp.Or(hostsFile, "/etc/hosts"), log, func(text string) (hosts, error) { return parseHosts(text), nil }),
-		exchanger: exchanger{dial: dial},
+		hosts: follow(cmp.Or(hostsFile, "/etc/hosts"), log, func(text string) (hosts, error) { return parseHosts(text), nil }),
 	}
-	u.conf.get()
-	u.hosts.get()
-	return u
+	f.conf.get()
+	f.hosts.get()
+	return f
+}
+
+// upstream is what is beyond us: the nameservers of resolv.conf, and the names of
+// hosts. It is safe for concurrent use.
+type upstream struct {
+	*Files
+	exchanger exchanger
 }
 
 // resolve asks the nameservers of conf, and goes after aliases that they leave to us.
