@@ -224,9 +224,8 @@ func TestNamesAddresses(t *testing.T) {
 		return member(w, map[NamespacedHostname][]Port{headless: nil})
 	}
 	vips := hosted("ns1", "vips.ns1.svc.cluster.local", "10.1.0.2")
-	for _, a := range []NetworkAddress{{"nw1", addr("10.1.0.1")}, {"nw2", addr("10.1.0.3")}, {"nw1", addr("::1:1")}, {"nw1", addr("10.1.0.1")}} {
-		vips.VIPs = append(vips.VIPs, a)
-	}
+	vips.VIPs = append(vips.VIPs, NetworkAddress{"nw1", addr("10.1.0.1")}, NetworkAddress{"nw2", addr("10.1.0.3")},
+		NetworkAddress{"nw1", addr("::1:1")}, NetworkAddress{"nw1", addr("10.1.0.1")})
 	apply(t, s, Update{
 		Services: []*Service{vips, hosted("ns1", headless.Hostname, "")},
 		Workloads: []WorkloadUpdate{

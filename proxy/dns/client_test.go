@@ -75,27 +75,30 @@ func TestUnknownClient(t *testing.T) {
 	}
 }
 
+// outcomes is a nameserver whose answers are as different as their names.
+func outcomes(t *testing.T) func(*request) {
+	return func(r *request) {
+		switch r.name() {
+		case "slow.example.":
+			time.Sleep(2 * time.Millisecond)
+			r.answer(t, dns.RcodeSuccess, "slow.example. 60 IN A 192.0.2.1")
+		case "tc.example.":
+			m := r.reply(t, dns.RcodeSuccess)
+			m.Truncated = true
+			r.send(packed(t, m))
+		case "none.example.", "example.": // the latter is updated, to which there are no records
+			r.answer(t, dns.RcodeSuccess)
+		case "silent.example.":
+		default:
+			r.answer(t, dns.RcodeNameError)
+		}
+	}
+}
+
 // The counters of every kind of query, by type, protocol and client.
 func TestMetrics(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := newInternet(t, plainConf, func(r *request) {
-			switch r.name() {
-			case "slow.example.":
-				time.Sleep(2 * time.Millisecond)
-				r.answer(t, dns.RcodeSuccess, "slow.example. 60 IN A 192.0.2.1")
-			case "tc.example.":
-				m := r.reply(t, dns.RcodeSuccess)
-				m.Truncated = true
-				r.send(packed(t, m))
-			case "none.example.":
-				r.answer(t, dns.RcodeSuccess)
-			case "example.":
-				r.answer(t, dns.RcodeSuccess) // an update has no answers
-			case "silent.example.":
-			default:
-				r.answer(t, dns.RcodeNameError)
-			}
-		})
+		n := newInternet(t, plainConf, outcomes(t))
 		p := n.newPod(t, ServerConfig{Store: fixture(t), IPv6: true})
 		for _, proto := range protocols {
 			p.ask(t, proto, query1("productpage.", dns.TypeA))
@@ -184,6 +187,20 @@ func (p *pod) series(t testing.TB, family string) (out []string) {
 	}
 	slices.Sort(out)
 	return out
+}
+
+// The addresses of a service come in any order, so that clients spread.
+func TestRandomOrder(t *testing.T) {
+	n := newInternet(t, plainConf, nil)
+	p := n.newPod(t, ServerConfig{Store: fixture(t)})
+	first := map[string]bool{}
+	for range 200 {
+		a := p.ask(t, "udp", query1("details.ns2.svc.cluster.remote.", dns.TypeA)).Answer[0].(*dns.A)
+		first[a.A.String()] = true
+	}
+	if len(first) != 4 {
+		t.Errorf("only %v come first", first)
+	}
 }
 
 // The line of every kind of query.

@@ -196,12 +196,12 @@ func (x *exchanger) try(ctx context.Context, timeout time.Duration, network stri
 		return nil, err
 	}
 	setID(query, binary.BigEndian.Uint16(id[:]))
-	defer x.outgoing.add(query)()
 	c, err := x.dial(ctx, network, addr)
 	if err != nil {
 		return nil, causeOr(ctx, err)
 	}
 	defer c.Close()
+	defer x.outgoing.add(c, query)()
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	reply, err := ask(c, query)

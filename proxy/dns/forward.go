@@ -55,7 +55,7 @@ func (s *Server) forward(ctx context.Context, q *query, source *state.Workload) 
 
 // exchange asks the nameservers.
 func (s *Server) exchange(ctx context.Context, q *query) ([]byte, error) {
-	if s.outgoing.has(q.raw) {
+	if s.outgoing.has(q.port, q.raw) {
 		s.loops.warn(ctx, s.log, "query of the proxy was redirected to the proxy itself: exempt packets with its mark in the rules of the network namespace")
 		return nil, errLoop
 	}

@@ -392,3 +392,23 @@ func TestLoopbackNameserver(t *testing.T) {
 		})
 	}
 }
+
+// A client that happens to send what we have sent, with the same ID, is no loop.
+func TestSameMessageIsNoLoop(t *testing.T) {
+	for _, proto := range protocols {
+		synctest.Test(t, func(t *testing.T) {
+			n := newInternet(t, plainConf, nil)
+			ours := make(chan []byte, 1)
+			n.first.set(func(r *request) { ours <- r.raw })
+			p := n.newPod(t, ServerConfig{Store: fixture(t)})
+			pc := p.socket(t)
+			defer pc.Close()
+			sendTo(t, pc, packed(t, query1("www.example.", dns.TypeA)))
+			raw := <-ours
+			n.first.set(zone(t, "www.example. 60 IN A 192.0.2.1"))
+			if reply := p.exchange(t, proto, raw); reply == nil || rcode(reply) != dns.RcodeSuccess {
+				t.Errorf("%s: got %x", proto, reply)
+			}
+		})
+	}
+}

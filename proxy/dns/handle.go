@@ -47,11 +47,11 @@ func (s *Server) now(ended context.Context, w *work, raw []byte, proto protocol)
 	return nil, source, awaited
 }
 
-// later answers what now could not. It blocks until a nameserver has answered,
+// later answers what now could not, for the client at a port. It blocks until a nameserver has answered,
 // within bounds of time, or until ctx ends, which gives no answer.
-func (s *Server) later(ctx context.Context, raw []byte, proto protocol, source *state.Workload) (reply []byte) {
+func (s *Server) later(ctx context.Context, raw []byte, proto protocol, port uint16, source *state.Workload) (reply []byte) {
 	defer s.recovered(ctx)
-	q := &query{}
+	q := &query{port: port}
 	if q.parse(raw, proto) != nil {
 		return nil // now has parsed it
 	}

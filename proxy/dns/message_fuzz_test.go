@@ -56,6 +56,7 @@ func (c *answering) Read(p []byte) (int, error) {
 }
 
 func (c *answering) Close() error                { return nil }
+func (c *answering) LocalAddr() net.Addr         { return nil }
 func (c *answering) SetDeadline(time.Time) error { return nil }
 
 // FuzzMessages has a message answered, by a nameserver that says anything if need be.
@@ -97,7 +98,7 @@ func FuzzMessages(f *testing.F) {
 		before := bytes.Clone(raw)
 		out, source, v := s.now(ended, w, raw, proto)
 		if v == awaited {
-			out = s.later(t.Context(), raw, proto, source)
+			out = s.later(t.Context(), raw, proto, 0, source)
 		}
 		if !bytes.Equal(raw, before) {
 			t.Fatal("the query was changed")

@@ -28,6 +28,7 @@ const (
 type query struct {
 	raw   []byte
 	proto protocol
+	port  uint16 // of the client, as far as it is known
 	// The first question. Its name is in lower case and has no final dot; it is nil
 	// for the root, and for names that are not those of hosts.
 	name  []byte

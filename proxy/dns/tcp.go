@@ -251,7 +251,7 @@ func (s *Server) take(ctx, ended context.Context, st *stream, raw []byte) (*queu
 	switch {
 	case v == awaited && room:
 		return &queued{room: true, done: make(chan struct{}), find: func() []byte {
-			return s.later(ctx, raw, overTCP, source)
+			return s.later(ctx, raw, overTCP, st.conn.Remote().Port(), source)
 		}}, nil
 	case v == awaited:
 		s.refused(ctx, &w.query, source)

@@ -106,7 +106,6 @@ func TestStreamQueue(t *testing.T) {
 // answers.
 func TestStreamTimeouts(t *testing.T) {
 	inTCP(t, ServerConfig{}, func(t *testing.T, n *internet, p *pod) {
-		start := time.Now()
 		ends := func(c *stub, after time.Duration) {
 			t.Helper()
 			start := time.Now()
@@ -135,7 +134,7 @@ func TestStreamTimeouts(t *testing.T) {
 
 		c = p.dial(t)
 		c.ask(t, "slow.8.example.")
-		start = time.Now()
+		start := time.Now()
 		if got := c.names(t, 1); got[0] != "slow.8.example." || time.Since(start) != 8*time.Second {
 			t.Errorf("got %q after %v", got, time.Since(start))
 		}

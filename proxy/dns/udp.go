@@ -179,7 +179,7 @@ func (s *Server) await(ctx context.Context, k *socket, raw []byte, source *state
 	raw = slices.Clone(raw)
 	k.answers.Go(func() {
 		defer s.release()
-		if reply := s.later(ctx, raw, overUDP, source); reply != nil {
+		if reply := s.later(ctx, raw, overUDP, peer.Port(), source); reply != nil {
 			k.send(reply, peer)
 		}
 	})
