@@ -148,8 +148,10 @@ func TestConcurrentUse(t *testing.T) {
 func TestChangedComesAfterTheChange(t *testing.T) {
 	s := New(Config{})
 	version := uint32(0)
+	var announces sync.Map // the channel of Changed → the version of which it tells
 	next := func() Update {
 		version++
+		announces.Store(s.Changed(), version)
 		return Update{Workloads: []WorkloadUpdate{member(Workload{UID: "w", Capacity: version}, nil)}}
 	}
 	apply(t, s, next())
@@ -157,11 +159,12 @@ func TestChangedComesAfterTheChange(t *testing.T) {
 	go func() {
 		defer close(done)
 		for range 300 {
-			before, _ := s.WorkloadByUID("w")
-			for changed := s.Changed(); !isClosed(changed); { // sees it sooner than one who sleeps
+			changed := s.Changed()
+			for !isClosed(changed) { // sees it sooner than one who sleeps
 			}
-			if after, _ := s.WorkloadByUID("w"); after.Capacity <= before.Capacity {
-				t.Errorf("told of a change, found version %d after %d", after.Capacity, before.Capacity)
+			want, ok := announces.Load(changed)
+			if after, _ := s.WorkloadByUID("w"); !ok || after.Capacity < want.(uint32) {
+				t.Errorf("told of version %v, found %d", want, after.Capacity)
 				return
 			}
 		}
