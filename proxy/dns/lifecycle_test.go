@@ -2,6 +2,7 @@ package dns
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -270,6 +271,33 @@ func TestCheck(t *testing.T) {
 		ln.Close()
 		if err := p.server.Check(); err == nil || !strings.Contains(err.Error(), "[::1]:15053 (tcp)") {
 			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// A client that goes on asking over its connection does not hold up a drain.
+func TestDrainWhileAsked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newInternet(t, plainConf, nil)
+		p := n.newPod(t, ServerConfig{Store: fixture(t)})
+		c := p.dial(t)
+		defer c.Close()
+		synctest.Wait()
+		start := time.Now()
+		p.server.Drain()
+		query := packed(t, query1("productpage.", dns.TypeA))
+		query = append(binary.BigEndian.AppendUint16(nil, uint16(len(query))), query...)
+		answers := 0
+		for range 100 {
+			if _, err := c.Write(query); err != nil || c.receive(t) == nil {
+				break
+			}
+			answers++
+			time.Sleep(linger / 2)
+		}
+		<-p.done
+		if d := time.Since(start); answers < 2 || d < linger || d > maxLinger+linger {
+			t.Errorf("ended after %v and %d answers, want some and at most %v", d, answers, maxLinger)
 		}
 	})
 }

@@ -26,8 +26,8 @@ const (
 	// asks for more waits, too.
 	maxQueued = 32
 	// linger is how long a listener that is drained gets no connection before it is
-	// closed (decision D14), and its connections no query; maxLinger is how long it
-	// may get connections.
+	// closed (decision D14), and its connections no query; maxLinger is how long they
+	// may get any.
 	linger    = time.Second
 	maxLinger = 3 * time.Second
 	// settled is how long connections that were queued before a Yield may take to be
@@ -38,8 +38,8 @@ const (
 // listener is a TCP listener for clients.
 type listener struct {
 	netns.Listener
-	draining atomic.Bool
-	yielded  time.Time // of serveTCP
+	drained atomic.Pointer[time.Time] // when that began; nil before
+	yielded time.Time                 // of serveTCP
 
 	mu    sync.Mutex // guards conns
 	conns map[netns.Conn]struct{}
@@ -47,7 +47,8 @@ type listener struct {
 
 // drain makes serveTCP answer what has come, and end.
 func (ln *listener) drain() {
-	ln.draining.Store(true)
+	now := time.Now()
+	ln.drained.Store(&now)
 	if d, ok := ln.Listener.(netns.DeadlineSetter); ok {
 		_ = d.SetDeadline(pastDeadline)
 	} else {
@@ -56,7 +57,7 @@ func (ln *listener) drain() {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
 	for c := range ln.conns {
-		_ = c.SetReadDeadline(time.Now().Add(linger))
+		_ = c.SetReadDeadline(now.Add(linger))
 	}
 }
 
@@ -198,8 +199,9 @@ func (s *Server) serveConn(ctx, ended context.Context, ln *listener, c netns.Con
 	}
 }
 
-// patience bounds the wait for a query, unless the client waits for an answer. What
-// changes meanwhile is seen by whoever comes last.
+// patience bounds the wait for a query, unless the client waits for an answer. Who
+// goes on asking does not hold up a drain. What changes meanwhile is seen by whoever
+// comes last.
 func (st *stream) patience() {
 	if st.waiting.Load() > 0 {
 		_ = st.conn.SetReadDeadline(time.Time{})
@@ -207,8 +209,12 @@ func (st *stream) patience() {
 	if st.waiting.Load() == 0 {
 		_ = st.conn.SetReadDeadline(time.Now().Add(streamWait))
 	}
-	if st.ln.draining.Load() {
-		_ = st.conn.SetReadDeadline(time.Now().Add(linger))
+	if began := st.ln.drained.Load(); began != nil {
+		until, last := time.Now().Add(linger), began.Add(maxLinger)
+		if until.After(last) {
+			until = last
+		}
+		_ = st.conn.SetReadDeadline(until)
 	}
 }
 
