@@ -46,6 +46,51 @@ func checkNamedAgain(t *testing.T, m mode) {
 	p.Dest.ExpectMetric(p.Ctx, "workload_manager_proxies_stopped_total", nil, 0)
 }
 
+// IP-12, IP-13: a pod that cannot be served is named with another namespace, in
+// which it can, or is deleted: nobody tries the old one any more.
+func TestID_IP12_IP13_WhilePending(t *testing.T) { in(t, sharedModes, checkWhilePending) }
+
+func checkWhilePending(t *testing.T, m mode) {
+	w := world.New(t)
+	moved, deleted, fresh := w.AddPod("moved", 1), w.AddPod("deleted", 1), w.AddPod("fresh", 1)
+	for _, p := range []*world.Pod{moved, deleted} {
+		p.Captured = true
+		ln, err := p.Net.Listen(w.Ctx, netip.MustParseAddrPort("[::]:15001"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+	}
+	fresh.StartApp()
+	s := moved.Node.StartProxy(m.proxy)
+	for _, p := range []*world.Pod{moved, deleted} {
+		if err := p.TryEnroll(m.rules); err == nil && !m.proxy.HostNetwork {
+			t.Errorf("%s: got an ack, want a refusal", p.Name)
+		}
+		expectPod(t, s, p, "failed", ":15001")
+	}
+	s.ExpectMetric(w.Ctx, "workload_manager_pending_proxy_count", nil, 2)
+	deleted.Remove()
+	s.ExpectMetric(w.Ctx, "workload_manager_pending_proxy_count", nil, 1)
+
+	pod := moved.ForAgent()
+	pod.NetNS = fresh.ForAgent().NetNS
+	moved.Addr, moved.Addr6 = fresh.Addr, fresh.Addr6
+	fresh.Addr = netip.MustParseAddr("10.0.1.250") // no longer its own
+	fresh.Addr6 = netip.MustParseAddr("fd10:1::250")
+	w.WriteConfig()
+	if err := moved.Node.Agent().Add(w.Ctx, pod); err != nil {
+		t.Fatal(err)
+	}
+	expectPod(t, s, moved, "active", "")
+	s.ExpectMetric(w.Ctx, "workload_manager_pending_proxy_count", nil, 0)
+	s.ExpectMetric(w.Ctx, "workload_manager_active_proxy_count", nil, 1)
+	pods, err := podStates(s)
+	if err != nil || len(pods) != 1 {
+		t.Errorf("the proxy has %+v, %v, want one pod", pods, err)
+	}
+}
+
 // IP-16: an agent that came back without the namespace of a pod has it kept.
 func TestID_IP16_Kept(t *testing.T) {
 	t.Parallel()

@@ -50,7 +50,7 @@ func (n *Node) AgentOf(personality agent.Personality) *agent.Agent {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	n.zds = filepath.Join(dir, "zds.sock")
-	if n.agent, err = agent.New(agent.Config{Path: n.zds, Personality: personality}); err != nil {
+	if n.agent, err = agent.New(agent.Config{Path: n.zds, Personality: personality, Idle: time.Second}); err != nil {
 		t.Fatal(err)
 	}
 	n.personality = personality
