@@ -66,7 +66,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.S
 // Serve answers on all listeners, which it owns and closes, until ctx ends. Then
 // it stops accepting, closes each connection after its current response, and
 // returns nil when all are closed or after Config.Drain, when it cuts off the
-// rest. A listener that fails ends all of them with its error.
+// rest. A listener that fails ends all of them with its error. It may be called
+// for several sets of listeners, at the same time, too: each ends by itself.
 func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 	if len(listeners) == 0 {
 		return fmt.Errorf("serve %s: no listener", s.component)

@@ -272,6 +272,29 @@ func TestServeErrors(t *testing.T) {
 	}
 }
 
+// Listeners that come one after the other are served by one server, and each ends
+// by itself.
+func TestServeTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewReadiness(NewReady(nil), 0, nil)
+		first, second := newPipes(), newPipes()
+		stopFirst, stopSecond := serve(t.Context(), s, first), serve(t.Context(), s, second)
+		synctest.Wait()
+		if err := stopFirst(); err != nil {
+			t.Error(err)
+		}
+		<-first.done
+		c := second.dial(t)
+		if r := roundTrip(t, c, "GET /healthz/ready HTTP/1.1\r\nHost: x\r\n\r\n"); r.StatusCode != http.StatusOK {
+			t.Errorf("status = %d, want 200", r.StatusCode)
+		}
+		c.Close()
+		if err := stopSecond(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestSocket(t *testing.T) {
 	name, err := SocketName()
 	if err != nil {

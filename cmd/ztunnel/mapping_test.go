@@ -4,8 +4,11 @@ import (
 	"fmt"
 	"io/fs"
 	"testing"
+	"time"
 
 	"github.com/ztunnel-go/ztunnel/ca"
+	"github.com/ztunnel-go/ztunnel/proxy/inpod"
+	"github.com/ztunnel-go/ztunnel/proxy/netns"
 )
 
 // produced is everything that the packages and the process get of a
@@ -144,6 +147,49 @@ func TestMapping(t *testing.T) {
 	} {
 		if got != trust.validation || got == ca.PerAnchor {
 			t.Errorf("validation of the %s = %v, want %v", name, got, trust.validation)
+		}
+	}
+}
+
+// TestMapping_Shared: what sockets have in pods, and what they have outside (spec
+// §7.9); when the next proxy is waited for (decision D14).
+func TestMapping_Shared(t *testing.T) {
+	load := func(env ...string) *Config {
+		t.Helper()
+		cfg, _, err := Load(append(env, "ENABLE_ORIG_SRC=true"), files(nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cfg
+	}
+	shared, dedicated := load(), load("PROXY_MODE=dedicated", "PROXY_WORKLOAD_INFO=a/b/c", "PACKET_MARK=7")
+	if host := hostConfig(shared); host.Mark != 0 || host.OriginalSource != netns.OriginalSourceOff {
+		t.Errorf("outside of pods: %+v, want neither a mark nor the original source", host)
+	}
+	if pod := podConfig(shared); pod.Mark != 1337 || !pod.PortReuse || pod.OriginalSource != netns.OriginalSourceRequired {
+		t.Errorf("in pods: %+v", pod)
+	}
+	if host := hostConfig(dedicated); host.Mark != 7 || host.OriginalSource != netns.OriginalSourceRequired {
+		t.Errorf("dedicated: %+v", host)
+	}
+	for _, tt := range []struct {
+		path, deadline string
+		want           time.Duration
+	}{
+		{"/var/run/ztunnel/ztunnel.sock", "1m", 0},
+		{"/var/run/cilium/ztunnel.sock", "1m", 10 * time.Second},
+		{"/run/cilium/../cilium/z", "6s", 3 * time.Second},
+		{"/var/run/cilium/../ztunnel/z", "6s", 0},
+		{"/var/run/cilium-x/z", "6s", 0},
+	} {
+		cfg := load("INPOD_UDS="+tt.path, "CONNECTION_TERMINATION_DEADLINE="+tt.deadline)
+		if got, ours := handOver(cfg), inpodConfig(cfg); got != tt.want || ours.HandOver != (tt.want > 0) || ours.Path != tt.path {
+			t.Errorf("%s: hand-over %s, %+v, want %s", tt.path, got, ours, tt.want)
+		}
+	}
+	for text, want := range map[string]inpod.NACK{"auto": inpod.NACKAuto, "always": inpod.NACKAlways, "never": inpod.NACKNever} {
+		if got := inpodConfig(load("INPOD_NACK=" + text)).NACK; got != want {
+			t.Errorf("INPOD_NACK=%s: %v, want %v", text, got, want)
 		}
 	}
 }

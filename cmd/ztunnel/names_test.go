@@ -86,7 +86,10 @@ func TestShared_Names(t *testing.T) {
 		m, err := s.ask(directClient, name)
 		wantAddress(t, m, err, directVIP.Addr().String())
 	}
-	m, err := s.ask(directHBONE.Addr(), "10.1.0.4.reflect.internal.")
+	// Its search domains are those of a pod of its namespace, whatever ours are.
+	m, err := s.ask(directClient, "ext.example.default.svc.cluster.local.")
+	wantAddress(t, m, err, "10.96.0.3")
+	m, err = s.ask(directHBONE.Addr(), "10.1.0.4.reflect.internal.")
 	wantAddress(t, m, err, "10.1.0.4")
 	c := s.openSOCKS(3, append([]byte{9}, "local-vip"...), directVIP.Port())
 	agent.tell(delPod("local"), nil)

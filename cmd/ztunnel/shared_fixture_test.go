@@ -26,6 +26,12 @@ const sharedWorld = `
 - {uid: u/ztunnel, name: ztunnel-x, namespace: istio-system, serviceAccount: ztunnel, workloadIps: [10.1.0.9], protocol: HBONE, node: %[1]s, services: {}}
 `
 
+// sharedServices has a name that is not of the cluster.
+const sharedServices = "- {name: ext, namespace: default, hostname: ext.example, vips: [/10.96.0.3], ports: {80: 8080}}\n"
+
+// ownPod tells the node who it is.
+var ownPod = []string{"POD_NAME=ztunnel-x", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=ztunnel"}
+
 var sharedNode = netip.MustParseAddr("10.1.0.9")
 
 // onNode is a node in shared mode, whose agent is the test.
@@ -136,7 +142,7 @@ func (s *onNode) remake(cfg *Config) {
 func sharedConfig(t *testing.T, env ...string) *Config {
 	t.Helper()
 	world := filepath.Join(t.TempDir(), "world.yaml")
-	text := strings.Replace(directWorld, "services:\n- {name", sharedWorld+"services:\n- {name", 1)
+	text := strings.Replace(directWorld, "services:\n- {name", sharedWorld+"services:\n- {name", 1) + sharedServices
 	if err := os.WriteFile(world, fmt.Appendf(nil, text, "n"), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -34,7 +33,7 @@ func TestID_LC01_SharedShutdown(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s, _ := startShared(t, longDeadline)
+			s, _ := startShared(t, append(ownPod, longDeadline)...)
 			for _, dst := range []netip.AddrPort{directHBONE, directTCP, directVIP} {
 				s.open(dst).Close()
 			}
@@ -134,7 +133,7 @@ func TestShared_ZDSBeforeXDS(t *testing.T) {
 
 // A drain before the control plane has answered is a clean end.
 func TestShared_DrainBeforeGate(t *testing.T) {
-	s := newOnNode(t, "XDS_ADDRESS=unix:///nobody/listens/here", "POD_NAME=ztunnel-x", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=ztunnel")
+	s := newOnNode(t, append(ownPod, "XDS_ADDRESS=unix:///nobody/listens/here")...)
 	s.agent.serve()
 	s.start()
 	agent := s.agent.accept()
@@ -148,7 +147,7 @@ func TestShared_DrainBeforeGate(t *testing.T) {
 // Spec §7.4: an agent of another protocol ends the process, at once and with exit
 // code 1.
 func TestID_IP24_ProtocolErrorExits(t *testing.T) {
-	s, agent := startShared(t, "CONNECTION_TERMINATION_DEADLINE=1h")
+	s, agent := startShared(t, append(ownPod, "CONNECTION_TERMINATION_DEADLINE=1h")...)
 	c := s.open(directHBONE)
 	refusal, err := agent.ask(snapshotSent, nil)
 	if err != nil || !strings.Contains(refusal, "failure to process message : ") || !strings.Contains(refusal, "pod snapshot received already") {
@@ -175,7 +174,7 @@ func TestID_IP24_ProtocolErrorExits(t *testing.T) {
 func TestID_IP24_ProtocolErrorExitsWhileWaiting(t *testing.T) {
 	for name, taken := range map[string]bool{"for the control plane": false, "for the own port": true} {
 		t.Run(name, func(t *testing.T) {
-			s := newOnNode(t, "XDS_ADDRESS=unix:///nobody/listens/here", "POD_NAME=ztunnel-x", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=ztunnel")
+			s := newOnNode(t, append(ownPod, "XDS_ADDRESS=unix:///nobody/listens/here")...)
 			if taken {
 				other, err := s.fabric.Host(sharedNode).Proxy().Listen(s.ctx, netip.AddrPortFrom(netip.IPv6Unspecified(), 15008))
 				if err != nil {
@@ -202,105 +201,10 @@ func TestID_IP24_ProtocolErrorExitsWhileWaiting(t *testing.T) {
 	}
 }
 
-// LC-03 in shared mode: a pod that cannot be served is refused to the agent, and keeps nobody from
-// being ready. It shows with its reason.
-func TestID_LC03_SharedPodPort(t *testing.T) {
-	s := newOnNode(t)
-	s.agent.serve()
-	s.start()
-	agent := s.agent.accept()
-	file := s.pods.file(directClient)
-	taken, err := s.fabric.Host(directClient).Proxy().Listen(s.ctx, netip.AddrPortFrom(netip.IPv6Unspecified(), 15008))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
-	if refusal, err := agent.ask(addPod("local"), file); err != nil || !strings.Contains(refusal, "failure to start proxy : ") || !strings.Contains(refusal, "15008") {
-		t.Errorf("answer %q, %v; want a refusal", refusal, err)
-	}
-	agent.tell(addPod("hbone"), s.pods.file(directHBONE.Addr()))
-	agent.tell(snapshotSent, nil)
-	code, stdout, _ := command(t, nil, nil, "pods", "--admin", s.node.adminAddr(), "local")
-	if code != 0 || !strings.Contains(stdout, "failed") || !strings.Contains(stdout, "15008") {
-		t.Errorf("got exit code %d and\n%s", code, stdout)
-	}
-	taken.Close()
-	s.awaitReady() // the next try of the pod
-	s.open(directHBONE).Close()
-}
-
-func (s *onNode) workloadState() map[string]workloadDump {
-	s.t.Helper()
-	_, body := get(s.t, "http://"+s.node.adminAddr()+"/config_dump")
-	var dump struct {
-		WorkloadState map[string]workloadDump
-	}
-	if err := json.Unmarshal([]byte(body), &dump); err != nil {
-		s.t.Fatal(err)
-	}
-	return dump.WorkloadState
-}
-
-// AD-04 on a running node: workloadState, and what we know beside it.
-func TestID_AD04_SharedDump(t *testing.T) {
-	s, agent := startShared(t)
-	c := s.open(directHBONE)
-	_, body := get(t, "http://"+s.node.adminAddr()+"/config_dump")
-	var dump struct {
-		Config        map[string]any
-		WorkloadState map[string]map[string]json.RawMessage
-		ZtunnelGo     struct {
-			Connections *connectionsDump
-			Pods        []podDump
-			ZDS         zdsDump
-			Ports       []portDump
-		}
-	}
-	if err := json.Unmarshal([]byte(body), &dump); err != nil {
-		t.Fatal(err)
-	}
-	if dump.Config["proxyMode"] != "Shared" || len(dump.WorkloadState) != 2 || dump.ZtunnelGo.Connections != nil {
-		t.Errorf("dump = %.3000s", body)
-	}
-	got := dump.WorkloadState["local-uid"]
-	if info := string(got["info"]); string(got["state"]) != `"Up"` || len(got) != 3 || strings.Join(strings.Fields(info), "") != `{"name":"local","namespace":"default","serviceAccount":"default"}` {
-		t.Errorf("workloadState = %s", got)
-	}
-	var connections connectionsDump
-	if err := json.Unmarshal(got["connections"], &connections); err != nil || len(connections.Outbound) != 1 || len(connections.Inbound) != 0 ||
-		connections.Outbound[0].ActualDst != "10.1.0.3:15008" {
-		t.Errorf("connections of the client = %s, %v", got["connections"], err)
-	}
-	if in := string(dump.WorkloadState["hbone-uid"]["connections"]); !strings.Contains(in, `"actualDst": "10.1.0.3:8080"`) {
-		t.Errorf("connections of the server = %s", in)
-	}
-	pods := dump.ZtunnelGo.Pods
-	if len(pods) != 2 || pods[1].UID != "local-uid" || pods[1].State != "active" || pods[1].NetNS == "" || pods[1].Since.IsZero() || pods[1].Reason != "" {
-		t.Errorf("pods = %+v", pods)
-	}
-	if z := dump.ZtunnelGo.ZDS; z.Path != s.agent.path || !z.Connected || z.Since == nil || z.Snapshot == nil || z.LastError != "" {
-		t.Errorf("zds = %+v", z)
-	}
-	if ports := dump.ZtunnelGo.Ports; len(ports) != 3 || ports[0].State != "Listening" {
-		t.Errorf("ports = %+v", ports)
-	}
-	c.Close()
-	agent.tell(delPod("local"), nil)
-	agent.tell(delPod("hbone"), nil)
-	s.eventually(func() error {
-		_, body := get(t, "http://"+s.node.adminAddr()+"/config_dump")
-		if !strings.Contains(body, `"workloadState": {}`) {
-			return errors.New("pods that are gone are still shown")
-		}
-		return nil
-	})
-}
-
 // The listener of the proxy's own pod serves who is of the mesh, under the
 // policies, and is not one of the pods (spec §7.9, E2-03).
 func TestID_E203_SelfListener(t *testing.T) {
-	const env = "POD_NAME=ztunnel-x;POD_NAMESPACE=istio-system;SERVICE_ACCOUNT=ztunnel"
-	s, _ := startShared(t, strings.Split(env, ";")...)
+	s, _ := startShared(t, ownPod...)
 	metrics := netip.AddrPortFrom(sharedNode, 15020)
 	s.echo(metrics)
 	s.open(metrics).Close()
@@ -317,8 +221,13 @@ func TestID_E203_SelfListener(t *testing.T) {
 		}
 		return fmt.Errorf("no access log line of it in\n%s", s.node.logs)
 	})
+	for _, port := range []uint16{15001, 15006, 15053} {
+		if _, err := s.fabric.Host(sharedNode).Proxy().Dial(s.ctx, netip.Addr{}, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)); err == nil {
+			t.Errorf("port %d is open outside of pods", port)
+		}
+	}
 	// Without one of the three variables there is none.
-	other := newOnNode(t, strings.Split(env, ";")[:2]...)
+	other := newOnNode(t, ownPod[:2]...)
 	if d := other.node.data.(*shared); d.self != nil {
 		t.Error("there is a listener for a pod without a service account")
 	}
@@ -347,7 +256,7 @@ func (aloneListener) Yield() (bool, error) { return false, nil }
 // Beside Cilium's agent, pods wait for the next proxy. The own listener does not:
 // the next proxy has its port only when this one has left it.
 func TestShared_OwnListenerWaitsForNobody(t *testing.T) {
-	s := newOnNode(t, longDeadline, "POD_NAME=ztunnel-x", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=ztunnel")
+	s := newOnNode(t, append(ownPod, longDeadline)...)
 	cfg := s.node.cfg
 	cfg.Inpod.UDS = "/var/run/cilium/nobody-listens-here.sock"
 	parts, logs := directParts(t, aloneOnPort{s.fabric.Host(sharedNode).Proxy()}, s.root)
@@ -372,10 +281,11 @@ func TestShared_OwnListenerWaitsForNobody(t *testing.T) {
 	s.node.within(t, soon)
 }
 
-// LC-06 in shared mode (decision D14): on a shared host network, ports of the process that another one
-// has are waited for, without an end, and shown. Pods are served meanwhile.
+// LC-06 in shared mode (decision D14): on a shared host network, ports of the
+// process that another one has are waited for, without an end, and shown. Pods are
+// served meanwhile.
 func TestID_LC06_SharedHostPorts(t *testing.T) {
-	s := newOnNode(t, "POD_NAME=ztunnel-x", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=ztunnel")
+	s := newOnNode(t, ownPod...)
 	host := netns.NewHost(netns.HostConfig{})
 	var other []netns.Listener
 	taken := func(l netns.Listener, err error) netip.AddrPort {
