@@ -40,8 +40,7 @@ func everyPersonality(t *testing.T, f func(*testing.T, xdstest.Config)) {
 // brought is in force.
 func TestST_XDS01_WarmBeforeSynced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, xdstest.Config{}, nil)
-		w.server.Pause()
+		w := newWorld(t, xdstest.Config{Paused: true}, nil)
 		w.server.Set(xdstest.Workload(workload("uid1", "1.2.3.4")), xdstest.Authorization(denyPort("deny", 80)))
 		sleep(time.Minute)
 		if w.synced() {
@@ -239,8 +238,7 @@ func TestST_XDS12_Answers(t *testing.T) {
 // responses were processed. A response that cannot be decoded at all is none.
 func TestST_XDS17_Synced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, xdstest.Config{}, nil)
-		w.server.Pause()
+		w := newWorld(t, xdstest.Config{Paused: true}, nil)
 		sleep(time.Second)
 		w.server.InjectRaw([]byte{0xff})
 		sleep(time.Minute)
@@ -273,8 +271,7 @@ func TestST_XDS17_Synced(t *testing.T) {
 func TestST_XDS17_EveryType(t *testing.T) {
 	for _, onDemand := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			w := newWorld(t, xdstest.Config{}, func(c *xds.Config) { c.OnDemand = onDemand })
-			w.server.Pause()
+			w := newWorld(t, xdstest.Config{Paused: true}, func(c *xds.Config) { c.OnDemand = onDemand })
 			for range 3 {
 				sleep(time.Minute)
 				w.server.Inject(&discoverypb.DeltaDiscoveryResponse{TypeUrl: xdstest.AddressType})

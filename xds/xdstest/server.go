@@ -51,6 +51,8 @@ type Config struct {
 	EchoLimit int
 	// TLS of the server; nil serves in the clear.
 	TLS *tls.Config
+	// Paused is Pause before the first request can come.
+	Paused bool
 }
 
 // Request is one request as the server saw it.
@@ -91,6 +93,7 @@ type entry struct {
 func New(cfg Config) *Server {
 	s := &Server{
 		cfg:     cfg,
+		paused:  cfg.Paused,
 		world:   map[string]map[string]*entry{AddressType: {}, AuthorizationType: {}},
 		streams: make(map[*stream]struct{}),
 		changed: make(chan struct{}),
